@@ -191,8 +191,9 @@ def factor_of(
     nodes = tuple(range(importance.ndim - node_ndim, importance.ndim))
     norm = NORMALIZERS[normalization](importance, axis=nodes, keepdims=True)
     silent = norm == 0
-    # Divided first, so that the strongest node gets exactly the gain.
-    factor = jnp.asarray(gain, importance.dtype) * (importance / jnp.where(silent, 1, norm))
+    # XLA may multiply by a rounded reciprocal; the strongest node gets exactly the gain.
+    ratio = jnp.where(importance == norm, 1, importance / jnp.where(silent, 1, norm))
+    factor = jnp.asarray(gain, importance.dtype) * ratio
     if bounds is not None:
         factor = jnp.clip(factor, *bounds)
     return CONTROLS[control](jnp.where(silent, 1, factor), nodes)

@@ -7,7 +7,7 @@ of its leaves into a list of layers.
 
 import re
 import warnings
-from collections.abc import Callable, Container, Hashable, Iterator
+from collections.abc import Callable, Container, Hashable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -177,8 +177,8 @@ def by_path(where: Callable[[str], bool] | None = None) -> Callable[[optax.Param
     Returns:
       A function from parameters to a tree of the same structure that holds a
       :class:`DimensionNumbers` for each leaf to modulate and ``None`` for the others.
-      It gives one ``UserWarning`` if it recognises no leaf of a tree that has one of
-      rank 2 or more, and one for each leaf whose axes the names do not settle.
+      It gives one ``UserWarning`` if it describes no leaf of a tree that has one of
+      rank 2 or more, or if names and biases leave the axes of a kernel open.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -197,41 +197,43 @@ def by_path(where: Callable[[str], bool] | None = None) -> Callable[[optax.Param
     def describe(params: optax.Params) -> Any:
         leaves = {leaf.path: leaf for leaf in tree_leaves(params)}
         wanted = {path: where is None or where(path_string(path)) for path in leaves}
-        recognised, described = [], {}
+        described, unclear, excluded = {}, [], []
         for kernel in leaves.values():
             bias = _bias_of(kernel, leaves)
             candidates = _axes_by_name(kernel, bias) if kernel.may_be_kernel else []
-            if not candidates:
-                continue
-            recognised.append(kernel.path)
-            if not wanted[kernel.path]:
-                continue
-            if len(candidates) > 1:
-                warnings.warn(
-                    f"GRAPES leaves {path_string(kernel.path)} of shape {np.shape(kernel.array)}"
-                    " alone: its name and its bias do not tell fan-in, nodes and stack apart."
-                    " Describe it with dimension_numbers=.",
-                    stacklevel=2,
-                )
-                continue
-            described[kernel.path] = DimensionNumbers(*candidates[0][:2])
-            if bias is not None and wanted[bias.path]:
-                described[bias.path] = described[kernel.path]
-        if not described and any(leaf.may_be_kernel for leaf in leaves.values()):
-            why = "`where` excludes" if recognised else "by_path knows none of"
-            seen = [path_string(path) for path in recognised or leaves]
-            seen[8:] = ["..."] * (len(seen) > 8)
-            warnings.warn(
-                f"GRAPES modulates nothing: {why} {', '.join(seen)}."
-                " Describe the fan-in and node axes of the kernels with dimension_numbers=, and"
-                " see what is modulated with grapes_optax.summary(params).",
-                stacklevel=2,
-            )
-        flat, structure = jax.tree_util.tree_flatten_with_path(params)
+            if candidates and not wanted[kernel.path]:
+                excluded.append(kernel)
+            elif len(candidates) > 1:
+                unclear.append(kernel)
+            elif candidates:
+                described[kernel.path] = DimensionNumbers(*candidates[0][:2])
+                if bias is not None and wanted[bias.path]:
+                    described[bias.path] = described[kernel.path]
+        if unclear:
+            _warn(f"GRAPES leaves alone what names and biases do not settle: {_listed(unclear)}.")
+        elif excluded and not described:
+            _warn(f"GRAPES modulates nothing: `where` excludes {_listed(excluded)}.")
+        elif not described and any(leaf.may_be_kernel for leaf in leaves.values()):
+            _warn(f"GRAPES modulates nothing: by_path knows none of {_listed(leaves.values())}.")
         grouped = _with_groups(described, leaves)
-        return structure.unflatten([grouped.get(path_names(keys)) for keys, _ in flat])
+        return jax.tree_util.tree_map_with_path(
+            lambda keys, _: grouped.get(path_names(keys)), params
+        )
 
     return describe
+
+
+def _listed(leaves: Iterable[Leaf], most: int = 8) -> str:
+    shown = [f"{path_string(leaf.path)} {np.shape(leaf.array)}" for leaf in leaves]
+    return ", ".join(shown[:most] + ["..."] * (len(shown) > most))
+
+
+def _warn(what: str) -> None:
+    warnings.warn(
+        f"{what} Describe the fan-in and node axes of the kernels with dimension_numbers=, and"
+        " see what is modulated with grapes_optax.summary(params).",
+        stacklevel=3,
+    )
 
 
 # From descriptions to layers.

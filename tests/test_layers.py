@@ -1,0 +1,459 @@
+"""From a parameter tree to layers: names, descriptions, and what is said when they fail."""
+
+import warnings
+from types import SimpleNamespace
+
+import chex
+import equinox as eqx
+import flax
+import flax.linen as nn
+import haiku as hk
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import reference
+from flax import nnx
+
+from grapes_optax import DimensionNumbers, by_path, scale_by_grapes
+
+KEY = jax.random.key(0)
+
+
+def random_like(tree, seed=1):
+    """A tree of the same structure whose floating leaves are random."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), tree)
+
+
+def updated(params, dimension_numbers=None, **options):
+    """Random updates before and after the transformation, as dicts by path."""
+    params = random_like(params)
+    updates = random_like(params, seed=2)
+    transformation = scale_by_grapes(dimension_numbers, **options)
+    result, _ = transformation.update(updates, transformation.init(params), params)
+    chex.assert_trees_all_equal_structs(result, updates)
+
+    def flat(tree):
+        leaves = jax.tree_util.tree_leaves_with_path(tree)
+        return {jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in leaves}
+
+    return flat(params), flat(updates), flat(result)
+
+
+def assert_modulated(params, expected, dimension_numbers=None):
+    """Checks each leaf: `expected` maps path to (fan-in, node axes) or to its kernel's path."""
+    params, updates, result = updated(params, dimension_numbers)
+    assert set(expected) <= set(params)
+    for path, before in updates.items():
+        layout = expected.get(path)
+        if layout is None:
+            want = before
+        elif isinstance(layout, str):
+            reduction, output = expected[layout]
+            importance = reference.node_importance(params[layout], reduction, output)
+            factor = reference.factor(importance, np.size(output))
+            want = before * factor.reshape(before.shape)
+        else:
+            want = reference.scale(before, params[path], *layout)
+        np.testing.assert_allclose(result[path], want, rtol=2e-6, err_msg=path)
+
+
+# linen
+
+
+class Everything(nn.Module):
+    @nn.compact
+    def __call__(self, tokens, image):
+        x = nn.Embed(11, 8)(tokens)
+        x = nn.LayerNorm()(nn.Dense(6)(x))
+        x = nn.MultiHeadDotProductAttention(num_heads=3, qkv_features=12, out_features=5)(x)
+        x = nn.DenseGeneral((3, 4))(x)
+        x = nn.DenseGeneral(7, axis=(-2, -1))(x)
+        y = nn.Conv(8, (3, 3))(image)
+        y = nn.BatchNorm(use_running_average=True)(y)
+        y = nn.Conv(8, (3, 3), feature_group_count=4)(y)
+        y = nn.Conv(8, (3, 3), feature_group_count=8, use_bias=False)(y)
+        y = nn.ConvTranspose(6, (2, 2))(y)
+        return x.mean() + y.mean()
+
+
+LINEN = {
+    "Dense_0/kernel": (0, 1),
+    "Dense_0/bias": "Dense_0/kernel",
+    **{
+        f"MultiHeadDotProductAttention_0/{name}/{leaf}": layout
+        for name in ("query", "key", "value")
+        for leaf, layout in {
+            "kernel": (0, (1, 2)),
+            "bias": f"MultiHeadDotProductAttention_0/{name}/kernel",
+        }.items()
+    },
+    "MultiHeadDotProductAttention_0/out/kernel": ((0, 1), 2),
+    "MultiHeadDotProductAttention_0/out/bias": "MultiHeadDotProductAttention_0/out/kernel",
+    "DenseGeneral_0/kernel": (0, (1, 2)),
+    "DenseGeneral_0/bias": "DenseGeneral_0/kernel",
+    "DenseGeneral_1/kernel": ((0, 1), 2),
+    "DenseGeneral_1/bias": "DenseGeneral_1/kernel",
+    "Conv_0/kernel": ((0, 1, 2), 3),
+    "Conv_0/bias": "Conv_0/kernel",
+    "Conv_1/kernel": ((0, 1, 2), 3),
+    "Conv_1/bias": "Conv_1/kernel",
+    "Conv_2/kernel": ((0, 1, 2), 3),
+    "ConvTranspose_0/kernel": ((0, 1, 2), 3),
+    "ConvTranspose_0/bias": "ConvTranspose_0/kernel",
+}
+
+
+@pytest.fixture(scope="module")
+def linen_params():
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        tokens, image = jnp.zeros((2, 4), int), jnp.zeros((1, 8, 8, 3))
+        return jax.eval_shape(Everything().init, KEY, tokens, image)["params"]
+
+
+@pytest.mark.parametrize("container", [dict, flax.core.freeze])
+def test_linen(linen_params, container):
+    assert_modulated(container(linen_params), LINEN)
+
+
+def test_linen_with_collections(linen_params):
+    expected = {
+        f"params/{path}": f"params/{layout}" if isinstance(layout, str) else layout
+        for path, layout in LINEN.items()
+    }
+    assert_modulated({"params": linen_params}, expected)
+
+
+def test_linen_partitioned():
+    init = nn.with_partitioning(nn.initializers.lecun_normal(), (None, "model"))
+    layer = nn.Dense(7, kernel_init=init)
+    params = jax.eval_shape(layer.init, KEY, jnp.ones((1, 5)))["params"]
+    assert isinstance(params["kernel"], nn.Partitioned)
+    assert_modulated(params, {"kernel/value": (0, 1), "bias": "kernel/value"})
+
+
+def test_more_than_one_reading_is_left_alone():
+    params = {"net": {"kernel": jnp.ones((4, 4, 4)), "bias": jnp.ones((4, 4))}}
+    with pytest.warns(UserWarning, match=r"do not settle: net/kernel \(4, 4, 4\)") as record:
+        assert by_path()(params) == {"net": {"kernel": None, "bias": None}}
+    assert "dimension_numbers=" in str(record[0].message)
+    # The name of the module tells: a stack of Dense layers.
+    assert_modulated(
+        {"Dense_0": params["net"]},
+        {"Dense_0/kernel": (1, 2), "Dense_0/bias": "Dense_0/kernel"},
+    )
+
+
+def test_shape_of_the_bias_tells_stacks_from_several_node_axes():
+    params = {
+        "stacked": {"kernel": jnp.ones((2, 5, 7)), "bias": jnp.ones((2, 7))},
+        "general": {"kernel": jnp.ones((5, 3, 4)), "bias": jnp.ones((3, 4))},
+    }
+    expected = {
+        "stacked/kernel": (1, 2),
+        "stacked/bias": "stacked/kernel",
+        "general/kernel": (0, (1, 2)),
+        "general/bias": "general/kernel",
+    }
+    assert_modulated(params, expected)
+
+
+def test_a_bias_of_another_shape_makes_a_stranger():
+    strange = {"kernel": jnp.ones((5, 7)), "bias": jnp.ones(3)}
+    plain = {"kernel": jnp.ones((5, 7))}
+    assert_modulated({"strange": strange, "plain": plain}, {"plain/kernel": (0, 1)})
+
+
+# nnx, Haiku, Equinox
+
+
+class Nnx(nnx.Module):
+    def __init__(self, rngs):
+        self.layers = nnx.List([nnx.Linear(5, 7, rngs=rngs), nnx.Linear(7, 7, rngs=rngs)])
+        self.norm = nnx.LayerNorm(7, rngs=rngs)
+        self.attention = nnx.MultiHeadAttention(3, 7, 12, rngs=rngs, decode=False)
+        self.embed = nnx.Embed(11, 7, rngs=rngs)
+
+
+class Small(nnx.Module):
+    def __init__(self, rngs):
+        self.layers = nnx.List([nnx.Linear(5, 7, rngs=rngs), nnx.Linear(7, 7, rngs=rngs)])
+        self.norm = nnx.LayerNorm(7, rngs=rngs)
+
+    def __call__(self, x):
+        return self.norm(self.layers[1](jnp.tanh(self.layers[0](x))))
+
+
+NNX = {
+    "layers/0/kernel": (0, 1),
+    "layers/0/bias": "layers/0/kernel",
+    "layers/1/kernel": (0, 1),
+    "layers/1/bias": "layers/1/kernel",
+    "attention/query/kernel": (0, (1, 2)),
+    "attention/query/bias": "attention/query/kernel",
+    "attention/key/kernel": (0, (1, 2)),
+    "attention/key/bias": "attention/key/kernel",
+    "attention/value/kernel": (0, (1, 2)),
+    "attention/value/bias": "attention/value/kernel",
+    "attention/out/kernel": ((0, 1), 2),
+    "attention/out/bias": "attention/out/kernel",
+}
+
+
+def with_suffix(expected, suffix):
+    return {
+        path + suffix: layout + suffix if isinstance(layout, str) else layout
+        for path, layout in expected.items()
+    }
+
+
+def test_nnx_state():
+    state = nnx.state(nnx.eval_shape(lambda: Nnx(nnx.Rngs(0))), nnx.Param)
+    assert_modulated(state, with_suffix(NNX, "/value"))
+    assert_modulated(nnx.to_pure_dict(state), NNX)
+
+
+def test_nnx_optimizer():
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        model = Small(nnx.Rngs(0))
+        before = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+        optimizer = nnx.Optimizer(
+            model, optax.chain(scale_by_grapes(), optax.sgd(1.0)), wrt=nnx.Param
+        )
+
+        @nnx.jit
+        def step(model, optimizer):
+            grads = nnx.grad(lambda model: (model(jnp.ones((2, 5))) ** 3).sum())(model)
+            optimizer.update(model, grads)
+            return grads
+
+        grads = nnx.to_pure_dict(step(model, optimizer))
+        after = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    for index in 0, 1:
+        layer, old, new = (tree["layers"][index] for tree in (grads, before, after))
+        expected = old["kernel"] - reference.scale(layer["kernel"], old["kernel"], 0, 1)
+        np.testing.assert_allclose(new["kernel"], expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        after["norm"]["scale"], before["norm"]["scale"] - grads["norm"]["scale"], rtol=1e-6
+    )
+
+
+def test_haiku():
+    def network(x, image, tokens):
+        x = hk.nets.MLP([6, 7], name="mlp")(x + hk.Embed(11, 5)(tokens))
+        x = hk.LayerNorm(-1, True, True)(x)
+        y = hk.Conv2DTranspose(6, 3)(hk.Conv2D(4, 3, with_bias=False)(image))
+        return x.mean() + y.mean()
+
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        inputs = jnp.ones((2, 5)), jnp.ones((1, 6, 6, 3)), jnp.zeros(2, int)
+        params = jax.eval_shape(hk.transform(network).init, KEY, *inputs)
+    expected = {
+        "mlp/~/linear_0/w": (0, 1),
+        "mlp/~/linear_0/b": "mlp/~/linear_0/w",
+        "mlp/~/linear_1/w": (0, 1),
+        "mlp/~/linear_1/b": "mlp/~/linear_1/w",
+        "conv2_d/w": ((0, 1, 2), 3),
+        "conv2_d_transpose/w": ((0, 1, 3), 2),
+        "conv2_d_transpose/b": "conv2_d_transpose/w",
+    }
+    assert params["embed"]["embeddings"].ndim == 2
+    assert_modulated(params, expected)
+
+
+def test_equinox():
+    def make():
+        return {
+            "mlp": eqx.nn.MLP(5, 2, 7, 1, key=KEY),
+            "conv": eqx.nn.Conv2d(3, 4, 3, key=KEY),
+            "back": eqx.nn.ConvTranspose2d(4, 6, 3, key=KEY),
+            "tokens": eqx.nn.Embedding(11, 5, key=KEY),
+            "scale": eqx.nn.LayerNorm((3, 4)),
+            "linear": eqx.nn.Linear(5, 6, use_bias=False, key=KEY),
+        }
+
+    model = eqx.filter(eqx.filter_eval_shape(make), lambda x: hasattr(x, "shape"))
+    expected = {"linear/weight": (1, 0)}
+    for layer in "mlp/layers/0", "mlp/layers/1":
+        expected |= {f"{layer}/weight": (1, 0), f"{layer}/bias": f"{layer}/weight"}
+    for layer in "conv", "back":
+        expected |= {f"{layer}/weight": ((1, 2, 3), 0), f"{layer}/bias": f"{layer}/weight"}
+    assert_modulated(model, expected)
+
+
+def test_pytree_without_names():
+    @jax.tree_util.register_pytree_node_class
+    class Pair:
+        def __init__(self, *leaves):
+            self.leaves = leaves
+
+        def tree_flatten(self):
+            return self.leaves, None
+
+        @classmethod
+        def tree_unflatten(cls, _, leaves):
+            return cls(*leaves)
+
+    params = Pair({"kernel": jnp.ones((5, 7))}, jnp.ones(3))
+    assert_modulated(params, {"0/kernel": (0, 1)})
+
+
+# Leaves without a name
+
+
+@pytest.mark.parametrize(
+    ("params", "seen"),
+    [
+        ({"a": jnp.ones((2, 3))}, "none of a (2, 3)."),
+        ([jnp.ones((2, 3))], "none of 0 (2, 3)."),
+        (jnp.ones((2, 3)), "none of (root) (2, 3)."),
+    ],
+)
+def test_one_warning_if_nothing_is_recognised(params, seen):
+    transformation = scale_by_grapes()
+    with pytest.warns(UserWarning, match="GRAPES modulates nothing") as record:
+        updates, _ = transformation.update(params, transformation.init(params), params)
+    assert len(record) == 1
+    for words in "summary(params)", "dimension_numbers=", seen:
+        assert words in str(record[0].message)
+    chex.assert_trees_all_equal(updates, params)
+
+
+def test_warning_lists_what_it_saw_but_not_all():
+    params = {f"leaf{i}": jnp.ones((2, 3)) for i in range(20)}
+    with pytest.warns(UserWarning, match="leaf0 .*, leaf1 .*, [.]{3}[.]") as record:
+        by_path()(params)
+    assert "leaf9" not in str(record[0].message)
+
+
+def test_warning_if_where_excludes_all():
+    with pytest.warns(UserWarning, match="`where` excludes kernel"):
+        by_path(lambda path: "Dense" in path)({"kernel": jnp.ones((2, 3))})
+
+
+@pytest.mark.parametrize(
+    "params",
+    [{}, (), None, {"a": jnp.ones(3)}, {"a": 1.0}, {"kernel": jnp.ones((2, 3), int)}, jnp.ones(())],
+)
+def test_nothing_to_say_without_a_matrix(params):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert jax.tree.leaves(by_path()(params)) == []
+
+
+# Descriptions
+
+HIDDEN = {"kernel": jnp.ones((5, 7)), "bias": jnp.ones(7)}
+PARAMS = {"hidden": HIDDEN, "output": {"kernel": jnp.ones((7, 3)), "bias": jnp.ones(3)}}
+BY_HAND = {"hidden/kernel": (0, 1), "hidden/bias": "hidden/kernel"}
+DENSE = DimensionNumbers(0, 1)
+
+
+@pytest.mark.parametrize(
+    "description",
+    [
+        {"hidden": DENSE, "output": None},
+        {"hidden": {"kernel": DENSE, "bias": DENSE}, "output": None},
+        {"hidden": optax.contrib.MuonDimensionNumbers(), "output": None},
+        {"hidden": SimpleNamespace(reduction_axis=[-2], output_axis=np.int64(-1)), "output": None},
+        {
+            "hidden": {
+                "kernel": DimensionNumbers(0, 1, group="x"),
+                "bias": DimensionNumbers((), 0, group="x"),
+            },
+            "output": {"kernel": None, "bias": None},
+        },
+        lambda params: jax.tree.map(lambda x: None, params) | {"hidden": DENSE},
+        by_path(where=lambda path: not path.startswith("output")),
+        by_path(where=lambda path: not path.startswith("output"))(PARAMS),
+    ],
+)
+def test_ways_to_describe(description):
+    assert_modulated(PARAMS, BY_HAND, description)
+
+
+def test_one_description_for_all():
+    layers = {"a": {"kernel": jnp.ones((5, 7)), "bias": jnp.ones(7)}, "b": jnp.ones((2, 3))}
+    expected = {"a/kernel": (1, 0), "b": (1, 0)}  # nodes first: the bias of 7 is not theirs
+    assert_modulated(layers, expected, DimensionNumbers(1, 0))
+    assert_modulated(layers["b"], {"": (0, 1)}, DENSE)
+
+
+def test_none_leaves_the_bias_alone():
+    description = {"hidden": {"kernel": DENSE, "bias": None}, "output": None}
+    assert_modulated(PARAMS, {"hidden/kernel": (0, 1)}, description)
+
+
+def test_description_as_a_module_of_equinox():
+    linear = eqx.nn.Linear(5, 7, key=KEY)
+    description = jax.tree.map(lambda x: DimensionNumbers(1, 0), linear)
+    assert callable(description)
+    assert_modulated(linear, {"weight": (1, 0), "bias": "weight"}, description)
+
+
+def test_members_of_a_group_share_their_importance():
+    params = {"w": jnp.ones((5, 7)), "u": jnp.ones((7, 7)), "c": jnp.ones((7, 1))}
+    description = {
+        "w": DimensionNumbers(0, 1, "z"),
+        "u": DimensionNumbers(1, 0, "z"),
+        "c": DimensionNumbers((), (0, 1), "z"),
+    }
+    params, updates, result = updated(params, description)
+    importance = np.abs(params["w"]).sum(0) + np.abs(params["u"]).sum(1)
+    factor = reference.factor(importance, 1)
+    np.testing.assert_allclose(result["w"], updates["w"] * factor[None], rtol=1e-6)
+    np.testing.assert_allclose(result["u"], updates["u"] * factor[:, None], rtol=1e-6)
+    np.testing.assert_allclose(result["c"], updates["c"] * factor[:, None], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("description", "error", "message"),
+    [
+        ({"hidden": DENSE}, ValueError, "says nothing of output/bias"),
+        (
+            {"hidden": DENSE, "output": None, "third": DENSE},
+            ValueError,
+            "describes third, where they have no leaf",
+        ),
+        (
+            {"hidden": {"kernel": {"deep": DENSE}, "bias": None}, "output": None},
+            ValueError,
+            "says nothing of hidden/kernel",
+        ),
+        ({"hidden": 0, "output": None}, TypeError, "holds 0 at hidden"),
+        ({"hidden": "kernel", "output": None}, TypeError, "holds 'kernel' at hidden"),
+        (
+            {"hidden": DimensionNumbers(0, 2), "output": None},
+            ValueError,
+            "of hidden/kernel: output_axis=.* names axis 2, out of range for 2 axes",
+        ),
+        (DimensionNumbers(1, -1), ValueError, "of hidden/kernel: .*distinct axes"),
+        (
+            {"hidden": None, "output": {"kernel": DimensionNumbers((), 1), "bias": None}},
+            ValueError,
+            "output/kernel leave no fan-in",
+        ),
+        (
+            {"hidden": None, "output": {"kernel": None, "bias": DimensionNumbers((), 0, "g")}},
+            ValueError,
+            "output/bias leave no fan-in",
+        ),
+        (
+            {"hidden": None, "output": {"kernel": None, "bias": DENSE}},
+            ValueError,
+            "of output/bias: output_axis=.* names axis 1, out of range for 1 axes",
+        ),
+        (
+            jax.tree.map(lambda x: DimensionNumbers(0, -1, "g") if x.ndim > 1 else None, PARAMS),
+            ValueError,
+            r"one group .* got hidden/kernel: \(7,\), output/kernel: \(3,\)",
+        ),
+    ],
+)
+def test_descriptions_that_do_not_fit(description, error, message):
+    transformation = scale_by_grapes(description)
+    for update in transformation.update, jax.jit(transformation.update):
+        with pytest.raises(error, match=message):
+            update(PARAMS, transformation.init(PARAMS), PARAMS)
