@@ -72,11 +72,11 @@ class Layer(NamedTuple):
             importance += incoming_sum(kernel.array, axes=kernel.axes).reshape(first.shape)
         return factor_of(importance, len(first.axes.output), *options)
 
-    def factors(self, options: Options) -> Iterator[tuple[Path, jax.Array]]:
-        """Path of every member, and the factor in line with the member's axes."""
+    def factors(self, options: Options) -> Iterator[tuple[Member, jax.Array]]:
+        """Every member, and the factor in line with its axes."""
         factor = self.factor(options)
         for member in self.kernels + self.biases:
-            yield member.path, expand(factor.reshape(member.shape), member.axes)
+            yield member, expand(factor.reshape(member.shape), member.axes)
 
 
 # Paths.

@@ -7,14 +7,14 @@ import numpy as np
 import optax
 
 from grapes_optax._importance import Control, Normalization, Options
-from grapes_optax._layers import path_names, path_string, resolve_layers
+from grapes_optax._layers import Member, path_names, path_string, resolve_layers
 
 
-def _scale(path: str, update: jax.Array, factor: jax.Array) -> jax.Array:
-    if np.broadcast_shapes(factor.shape, update.shape) != update.shape:
+def _scale(update: jax.Array, member: Member, factor: jax.Array) -> jax.Array:
+    if np.shape(update) != np.shape(member.array):
         raise ValueError(
-            f"The update of {path} has shape {update.shape}, and its factor {factor.shape}:"
-            " updates and params must be trees of the same arrays."
+            f"The update of {path_string(member.path)} has shape {np.shape(update)}, the parameter"
+            f" {np.shape(member.array)}: updates and params must be trees of the same arrays."
         )
     # The product is taken in the wider type: a bfloat16 factor would be off by 0.4 %.
     wide = max(update.dtype, factor.dtype, key=lambda dtype: dtype.itemsize)
@@ -105,15 +105,15 @@ def scale_by_grapes(
             raise ValueError(
                 "scale_by_grapes reads the parameters: call update(updates, state, params)."
             )
-        factors = dict(
-            pair
+        factors = {
+            member.path: (member, factor)
             for layer in resolve_layers(params, dimension_numbers)
-            for pair in layer.factors(options)
-        )
+            for member, factor in layer.factors(options)
+        }
 
         def scale(keys, update):
             path = path_names(keys)
-            return _scale(path_string(path), update, factors[path]) if path in factors else update
+            return _scale(update, *factors[path]) if path in factors else update
 
         return jax.tree_util.tree_map_with_path(scale, updates), state
 
