@@ -10,7 +10,6 @@ import optax
 import pytest
 import reference
 
-import grapes_optax
 from grapes_optax import DimensionNumbers, by_path, grapes_rmsprop, grapes_sgd, scale_by_grapes
 
 RNG = np.random.default_rng(0)
@@ -420,10 +419,3 @@ def test_sharded_kernels_are_not_gathered(axis, options):
     assert result["kernel"].sharding.is_equivalent_to(sharding, 2)
     expected = kernel - 0.1 * reference.scale(np.asarray(kernel), kernel, 0, 1, **options)
     np.testing.assert_allclose(result["kernel"], expected, rtol=1e-5)
-
-
-def test_public_names_are_documented():
-    public = {name: x for name, x in vars(grapes_optax).items() if not name.startswith("_")}
-    assert len(public) >= 8
-    for name, thing in public.items():
-        assert ">>>" in thing.__doc__, name

@@ -1,0 +1,41 @@
+# Everything runs in an environment of its own; VENV puts it elsewhere.
+PYTHON ?= python3
+VENV ?= .venv
+RUN = $(VENV)/bin/
+
+.PHONY: demo test lint bench clean
+
+demo: $(VENV)/examples
+	$(RUN)python -m examples.digits
+
+test: $(VENV)/test
+	$(RUN)python -m pytest -n 2
+
+lint: $(VENV)/lint
+	$(RUN)ruff check
+	$(RUN)ruff format --check
+	$(RUN)pyright --pythonpath $(RUN)python
+
+bench: $(VENV)/examples
+	$(RUN)python -m benchmarks.step_cost
+
+clean:
+	rm -rf .venv runs build dist .pytest_cache .hypothesis .ruff_cache
+
+# A file named after each set of packages stands for its installation.
+$(VENV)/pip:
+	$(PYTHON) -m venv $(VENV)
+	$(RUN)python -m pip install --quiet --upgrade 'pip>=25.1'
+	touch $@
+
+$(VENV)/examples: $(VENV)/pip pyproject.toml
+	$(RUN)python -m pip install --quiet --editable '.[examples]'
+	touch $@
+
+$(VENV)/test: $(VENV)/examples
+	$(RUN)python -m pip install --quiet --group test
+	touch $@
+
+$(VENV)/lint: $(VENV)/test
+	$(RUN)python -m pip install --quiet --group lint
+	touch $@

@@ -1,0 +1,1 @@
+"""Measurements of what GRAPES costs; `make bench` runs them."""

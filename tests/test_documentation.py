@@ -1,0 +1,46 @@
+"""What users read: code in the pages runs, every public name is there, nothing private is used."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+import grapes_optax
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PUBLIC = {name: x for name, x in vars(grapes_optax).items() if not name.startswith("_")}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_code_of_the_pages_runs(page, capsys):
+    for code in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
+        exec(compile(code, page.name, "exec"), {})
+    if page.name == "README.md":
+        head = capsys.readouterr().out.splitlines()
+        assert head[0] in page.read_text()
+        assert [line.split()[:2] for line in head] == [
+            line.split()[:2]
+            for line in re.findall(r"```\n(path .*?)```", page.read_text(), re.S)[0].splitlines()
+        ]
+
+
+def test_every_public_name_is_documented():
+    api = (ROOT / "docs/api.md").read_text()
+    assert len(PUBLIC) >= 8
+    for name, thing in PUBLIC.items():
+        assert f"`{name}(" in api, f"docs/api.md lacks {name}"
+        assert ">>>" in thing.__doc__, f"{name} has no example"
+
+
+def test_links_lead_somewhere():
+    for page in PAGES:
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_no_private_modules_of_dependencies():
+    pattern = re.compile(r"^\s*(?:from|import)\s+(?!grapes_optax)(\w+(?:\.\w+)*\._\w+)", re.M)
+    for source in [*ROOT.glob("grapes_optax/*.py"), *ROOT.glob("examples/*.py")]:
+        assert not pattern.findall(source.read_text()), source
+    assert pattern.findall("from optax._src import base")  # the ruler itself

@@ -1,0 +1,62 @@
+"""The table that people read before they train."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from grapes_optax import DimensionNumbers, summary
+
+KERNEL = jnp.array([[1.0, -2.0, 0.0], [2.0, 2.0, 1.0]])
+
+
+def rows(table):
+    header, *lines = table.splitlines()
+    starts = [header.index(name) for name in ("shape", "role")]
+    return {line[: starts[0]].strip(): line[starts[1] :].split("  ") for line in lines}
+
+
+def cells(table, path):
+    return [cell.strip() for cell in rows(table)[path] if cell.strip()]
+
+
+def test_roles_sizes_and_factors():
+    params = {
+        "a": {"kernel": KERNEL, "bias": jnp.zeros(3)},
+        "norm": {"scale": jnp.ones(3), "bias": jnp.ones(3)},
+        "Dense_1": {"kernel": jnp.stack([KERNEL, -KERNEL])},
+        "scalar": 1.0,
+    }
+    table = summary(params)
+    assert cells(table, "a/kernel") == ["kernel", "2", "3", "1.000", "1.500", "2.000"]
+    assert cells(table, "a/bias") == ["bias of a/kernel", "3", "1.000", "1.500", "2.000"]
+    assert cells(table, "Dense_1/kernel")[:4] == ["kernel", "2", "3", "2"]
+    for path in "norm/scale", "norm/bias", "scalar":
+        assert cells(table, path) == ["left alone"]
+    assert len(rows(table)) == 6
+
+
+def test_options_and_groups():
+    group = DimensionNumbers(0, 1, "z")
+    table = summary(
+        {"u": KERNEL, "v": KERNEL, "c": jnp.zeros(3)},
+        {"u": group, "v": group, "c": DimensionNumbers((), 0, "z")},
+        bounds=None,
+    )
+    assert cells(table, "u")[-3:] == ["0.500", "1.333", "2.000"]
+    assert cells(table, "c")[0] == "bias of u + v"
+
+
+def test_shapes_without_values():
+    params = {"kernel": jax.ShapeDtypeStruct((2, 3), jnp.float32)}
+    assert cells(summary(params), "kernel") == ["kernel", "2", "3"]
+
+
+def test_errors_are_those_of_the_transformation():
+    with pytest.raises(ValueError, match="Unknown control"):
+        summary({"kernel": KERNEL}, control="shuffle")
+    with pytest.raises(ValueError, match=r"of kernel: .*out of range"):
+        summary({"kernel": KERNEL}, {"kernel": DimensionNumbers(0, 2)})
+
+
+def test_empty_tree():
+    assert summary({}).split() == summary({"scalar": 1.0}).splitlines()[0].split()
