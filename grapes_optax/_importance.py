@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import reshard
 
 Normalization = Literal["max", "mean"]
 Control = Literal["mean", "roll"]
@@ -119,15 +120,26 @@ def expand(factor: jax.Array, axes: Axes) -> jax.Array:
     )
 
 
+def scale(x: jax.Array, factor: jax.Array) -> jax.Array:
+    """Product with a factor that broadcasts against `x`, of the type and sharding of `x`."""
+    # The product is taken in the wider type: a bfloat16 factor would be off by 0.4 %.
+    wide = max(x.dtype, factor.dtype, key=lambda dtype: dtype.itemsize)
+    product = (x.astype(wide) * factor.astype(wide)).astype(x.dtype)
+    # A factor from a sharded kernel would shard the update of a replicated bias.
+    sharding = jax.typeof(x).sharding
+    return product if jax.typeof(product).sharding == sharding else reshard(product, sharding)
+
+
 def _mean_of_layer(factor: jax.Array, nodes: tuple[int, ...]) -> jax.Array:
     return jnp.broadcast_to(jnp.mean(factor, axis=nodes, keepdims=True), factor.shape)
 
 
 def _neighbour(factor: jax.Array, nodes: tuple[int, ...]) -> jax.Array:
-    if len(nodes) == 1:
-        return jnp.roll(factor, 1, axis=nodes)
-    flat = factor.reshape(*factor.shape[: nodes[0]], -1)
-    return jnp.roll(flat, 1, axis=-1).reshape(factor.shape)
+    shape = factor.shape[nodes[0] :]
+    before = np.roll(np.arange(math.prod(shape)), 1).reshape(shape)
+    index = (..., *np.unravel_index(before, shape))
+    # A roll, but one that explicit sharding lets through.
+    return factor.at[index].get(out_sharding=jax.typeof(factor).sharding)
 
 
 # Weights of magnitude 0 bound the maximum of a layer without nodes.

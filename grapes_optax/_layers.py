@@ -66,11 +66,11 @@ class Layer(NamedTuple):
 
     def factor(self, options: Options) -> jax.Array:
         """Factor of every node: the kernels' importances are summed first."""
-        first, *others = self.kernels
-        importance = incoming_sum(first.array, axes=first.axes)
-        for kernel in others:
-            importance += incoming_sum(kernel.array, axes=kernel.axes).reshape(first.shape)
-        return factor_of(importance, len(first.axes.output), *options)
+        axes = self.kernels[0].axes
+        shape = self.kernels[0].shape
+        sums = [incoming_sum(k.array, axes=k.axes).reshape(shape) for k in self.kernels]
+        wide = max((s.dtype for s in sums), key=lambda dtype: dtype.itemsize)
+        return factor_of(sum(s.astype(wide) for s in sums), len(axes.output), *options)
 
     def factors(self, options: Options) -> Iterator[tuple[Member, jax.Array]]:
         """Every member, and the factor in line with its axes."""

@@ -408,6 +408,17 @@ def test_members_of_a_group_share_their_importance():
     np.testing.assert_allclose(result["c"], updates["c"] * factor[:, None], rtol=1e-6)
 
 
+def test_members_of_a_group_may_differ_in_type():
+    group = DimensionNumbers(0, 1, "z")
+    with jax.enable_x64(True):
+        params = {"u": jnp.ones((5, 7), jnp.float32), "v": jnp.ones((3, 7), jnp.float64)}
+        for order in ("u", "v"), ("v", "u"):
+            _, updates, result = updated(
+                {name: params[name] for name in order}, {"u": group, "v": group}
+            )
+            chex.assert_trees_all_equal_shapes_and_dtypes(result, updates)
+
+
 @pytest.mark.parametrize(
     ("description", "error", "message"),
     [

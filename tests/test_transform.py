@@ -419,3 +419,19 @@ def test_sharded_kernels_are_not_gathered(axis, options):
     assert result["kernel"].sharding.is_equivalent_to(sharding, 2)
     expected = kernel - 0.1 * reference.scale(np.asarray(kernel), kernel, 0, 1, **options)
     np.testing.assert_allclose(result["kernel"], expected, rtol=1e-5)
+
+
+def test_updates_keep_their_explicit_sharding():
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+
+        def put(shape, *axes):
+            sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))
+            return jax.device_put(jnp.asarray(RNG.normal(size=shape), jnp.float32), sharding)
+
+        params = {"kernel": put((4, 16), None, "x"), "bias": put(16, None)}
+        for control in None, "mean", "roll":
+            updates = run(scale_by_grapes(control=control), params, params)
+            assert jax.tree.map(jax.typeof, updates) == jax.tree.map(jax.typeof, params)
+            expected = reference.scale(params["kernel"], params["kernel"], 0, 1, control=control)
+            np.testing.assert_allclose(updates["kernel"], expected, rtol=2e-6)
