@@ -44,3 +44,28 @@ CONVENTIONS = (
 
 # The leaf beside a kernel that is added to its pre-activation.
 BIASES = {"kernel": "bias", "w": "b", "weight": "bias"}
+
+
+class Cell(NamedTuple):
+    """Layers of a recurrent cell: what reads the input, and what reads the carry."""
+
+    pairs: tuple[tuple[str, str], ...]  # names of submodules summed into one pre-activation
+    gates: int = 1  # that lie one after the other on the node axis
+
+
+# Recurrent cells of Flax whose multiplications are submodules, by framework and class.
+CELLS = {
+    "linen": {
+        "SimpleCell": Cell((("i", "h"),)),
+        "LSTMCell": Cell((("ii", "hi"), ("if", "hf"), ("ig", "hg"), ("io", "ho"))),
+        "GRUCell": Cell((("ir", "hr"), ("iz", "hz"), ("in", "hn"))),
+        "MGUCell": Cell((("if", "hf"), ("in", "hn"))),
+        "ConvLSTMCell": Cell((("ih", "hh"),), gates=4),
+    },
+    "nnx": {
+        "SimpleCell": Cell((("dense_i", "dense_h"),)),
+        "LSTMCell": Cell((("ii", "hi"), ("if_", "hf"), ("ig", "hg"), ("io", "ho"))),
+        "OptimizedLSTMCell": Cell((("dense_i", "dense_h"),), gates=4),
+        "GRUCell": Cell((("dense_i", "dense_h"),), gates=3),
+    },
+}

@@ -87,14 +87,14 @@ def resolve_axes(dimension_numbers: Any, ndim: int) -> Axes:
     return Axes(reduction, output, stack)
 
 
-def _last_axis(kernel: Any) -> DimensionNumbers:
+def last_axis(kernel: Any) -> DimensionNumbers:
     """The convention of Flax: the last axis holds the nodes, the others are fan-in."""
     return DimensionNumbers(tuple(range(kernel.ndim - 1)), -1)
 
 
-def _fan_in_axes(kernel: Any, dimension_numbers: Any) -> Axes:
+def fan_in_axes(kernel: Any, dimension_numbers: Any) -> Axes:
     axes = resolve_axes(
-        _last_axis(kernel) if dimension_numbers is None else dimension_numbers, kernel.ndim
+        last_axis(kernel) if dimension_numbers is None else dimension_numbers, kernel.ndim
     )
     if not axes.reduction:
         raise ValueError("reduction_axis leaves no fan-in: name at least one axis to sum over.")
@@ -187,19 +187,29 @@ class Options(NamedTuple):
 
 
 @functools.partial(
-    jax.jit, static_argnames=("node_ndim", "bounds", "normalization", "control"), inline=True
+    jax.jit,
+    static_argnames=("node_ndim", "gates", "bounds", "normalization", "control"),
+    inline=True,
 )
 def factor_of(
     importance: jax.Array,
     node_ndim: int,
+    gates: int,
     gain: Any,
     bounds: tuple[float, float] | None,
     normalization: str,
     control: str | None,
 ) -> jax.Array:
-    """Factor of every node from its importance; the last `node_ndim` axes are nodes."""
+    """Factor of every node from its importance; the last `node_ndim` axes are nodes.
+
+    The last axis holds the nodes of all gates, one gate after the other.
+    """
     # A constant of the step: no gradient flows through the importance.
     importance = jax.lax.stop_gradient(importance)
+    shape = importance.shape
+    if gates > 1:
+        importance = importance.reshape(*shape[:-1], gates, shape[-1] // gates)
+        importance = jnp.moveaxis(importance, -2, -1 - node_ndim)
     nodes = tuple(range(importance.ndim - node_ndim, importance.ndim))
     norm = NORMALIZERS[normalization](importance, axis=nodes, keepdims=True)
     silent = norm == 0
@@ -208,7 +218,19 @@ def factor_of(
     factor = jnp.asarray(gain, importance.dtype) * ratio
     if bounds is not None:
         factor = jnp.clip(factor, *bounds)
-    return CONTROLS[control](jnp.where(silent, 1, factor), nodes)
+    factor = CONTROLS[control](jnp.where(silent, 1, factor), nodes)
+    return jnp.moveaxis(factor, -1 - node_ndim, -2).reshape(shape) if gates > 1 else factor
+
+
+def layer_factor(
+    kernels: Sequence[jax.Array], axes: Sequence[Axes], gates: int, options: Options
+) -> jax.Array:
+    """Factor of the nodes of a layer whose kernels are summed into one pre-activation."""
+    shape = axes[0].shape(kernels[0])
+    sums = [incoming_sum(k, axes=a).reshape(shape) for k, a in zip(kernels, axes, strict=True)]
+    wide = max((s.dtype for s in sums), key=lambda dtype: dtype.itemsize)
+    importance = functools.reduce(jnp.add, (s.astype(wide) for s in sums))
+    return factor_of(importance, len(axes[0].output), gates, *options)
 
 
 def node_importance(kernel: jax.typing.ArrayLike, dimension_numbers: Any = None) -> jax.Array:
@@ -243,7 +265,7 @@ def node_importance(kernel: jax.typing.ArrayLike, dimension_numbers: Any = None)
       <https://doi.org/10.1038/s41467-022-29491-2>`_, 2022
     """
     kernel = jnp.asarray(kernel)
-    return incoming_sum(kernel, axes=_fan_in_axes(kernel, dimension_numbers))
+    return incoming_sum(kernel, axes=fan_in_axes(kernel, dimension_numbers))
 
 
 def importance_factor(
@@ -302,5 +324,5 @@ def importance_factor(
     """
     options = Options(gain, bounds, normalization, control).checked()
     kernel = jnp.asarray(kernel)
-    axes = _fan_in_axes(kernel, dimension_numbers)
-    return factor_of(incoming_sum(kernel, axes=axes), len(axes.output), *options)
+    axes = fan_in_axes(kernel, dimension_numbers)
+    return layer_factor([kernel], [axes], 1, options)

@@ -21,8 +21,7 @@ from grapes_optax._importance import (
     DimensionNumbers,
     Options,
     expand,
-    factor_of,
-    incoming_sum,
+    layer_factor,
     resolve_axes,
 )
 
@@ -66,11 +65,12 @@ class Layer(NamedTuple):
 
     def factor(self, options: Options) -> jax.Array:
         """Factor of every node: the kernels' importances are summed first."""
-        axes = self.kernels[0].axes
-        shape = self.kernels[0].shape
-        sums = [incoming_sum(k.array, axes=k.axes).reshape(shape) for k in self.kernels]
-        wide = max((s.dtype for s in sums), key=lambda dtype: dtype.itemsize)
-        return factor_of(sum(s.astype(wide) for s in sums), len(axes.output), *options)
+        return layer_factor(
+            [kernel.array for kernel in self.kernels],
+            [kernel.axes for kernel in self.kernels],
+            1,
+            options,
+        )
 
     def factors(self, options: Options) -> Iterator[tuple[Member, jax.Array]]:
         """Every member, and the factor in line with its axes."""
@@ -108,6 +108,13 @@ def tree_leaves(tree: Any) -> Iterator[Leaf]:
                 yield from walk(child, (*keys, *key), module if wrapper else type(node).__name__)
 
     yield from walk(tree, (), "")
+
+
+def kernel_paths(params: Any) -> list[Path]:
+    """Paths of all leaves that bear the name of a kernel and may be one."""
+    return [
+        leaf.path for leaf in tree_leaves(params) if leaf.may_be_kernel and leaf.path[-1] in BIASES
+    ]
 
 
 # What the names say.

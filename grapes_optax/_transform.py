@@ -8,9 +8,16 @@ import optax
 
 from grapes_optax._importance import Control, Normalization, Options, scale
 from grapes_optax._layers import Member, path_names, path_string, resolve_layers
+from grapes_optax._modulation import is_propagated
 
 
-def _check_shape(update: Any, member: Member) -> None:
+def _check(update: Any, member: Member) -> None:
+    path = path_string(member.path[1:] if member.path[:1] == ("params",) else member.path)
+    if is_propagated(path):
+        raise ValueError(
+            f"{path} has propagated GRAPES already: with scale_by_grapes its factor would act"
+            " twice. Use one of the two forms."
+        )
     if np.shape(update) != np.shape(member.array):
         raise ValueError(
             f"The update of {path_string(member.path)} has shape {np.shape(update)}, the parameter"
@@ -36,6 +43,10 @@ def scale_by_grapes(
     with the sum and the normalizer over one layer. The bias of a node gets the factor
     of its kernel. The factor is read from the parameters at every step: there is no
     state. Which leaves are modulated, and how, :func:`summary` shows.
+
+    Do not use it on layers that have the propagated form (:func:`modulate_error`,
+    ``grapes_optax.linen.propagated``, ``grapes_optax.nnx.propagated``): the factor would
+    act twice.
 
     The output layer is not modulated in the paper. A parameter tree does not tell
     which layer that is: exclude it with ``dimension_numbers=by_path(where=...)``.
@@ -113,7 +124,7 @@ def scale_by_grapes(
             if path not in factors:
                 return update
             member, factor = factors[path]
-            _check_shape(update, member)
+            _check(update, member)
             return scale(update, factor)
 
         return jax.tree_util.tree_map_with_path(modulate, updates), state

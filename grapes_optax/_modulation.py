@@ -1,0 +1,141 @@
+"""The propagated form: an identity whose derivative is multiplied by the factors."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from grapes_optax._importance import (
+    Control,
+    Normalization,
+    Options,
+    fan_in_axes,
+    layer_factor,
+    scale,
+)
+
+# Which paths have the propagated form now, so that no factor acts twice.
+_PROPAGATED: ContextVar[tuple[Callable[[str], bool], ...]] = ContextVar("_PROPAGATED", default=())
+
+
+@contextlib.contextmanager
+def propagated_paths(where: Callable[[str], bool]) -> Iterator[None]:
+    """Declares that the kernels at such paths have the propagated form in this context."""
+    token = _PROPAGATED.set((*_PROPAGATED.get(), where))
+    try:
+        yield
+    finally:
+        _PROPAGATED.reset(token)
+
+
+def is_propagated(path: str) -> bool:
+    return any(where(path) for where in _PROPAGATED.get())
+
+
+@jax.custom_jvp
+def scale_tangent(x: jax.Array, factor: jax.Array) -> jax.Array:
+    """`x` itself; its tangent and its cotangent are multiplied by `factor`."""
+    del factor
+    return x
+
+
+@scale_tangent.defjvp
+def _(primals, tangents):
+    x, factor = primals
+    return scale_tangent(x, factor), scale(tangents[0], factor)
+
+
+def align(factor: jax.Array, node_ndim: int, z: jax.Array) -> jax.Array:
+    """Puts a factor of shape stack + nodes in line with a pre-activation.
+
+    Nodes are its last axes; a stack stands before them (positions) or leads (batch).
+    """
+    stack, nodes = factor.shape[: factor.ndim - node_ndim], factor.shape[factor.ndim - node_ndim :]
+    if z.shape[z.ndim - factor.ndim :] == factor.shape:
+        shape = factor.shape
+    elif z.shape[: len(stack)] + z.shape[z.ndim - node_ndim :] == factor.shape:
+        shape = stack + (1,) * (z.ndim - factor.ndim) + nodes
+    else:
+        raise ValueError(
+            f"The nodes of the kernel do not match the pre-activation: stack {stack} and nodes"
+            f" {nodes} against the shape {z.shape}, whose last axes should be the nodes."
+        )
+    return factor.reshape((1,) * (z.ndim - len(shape)) + shape)
+
+
+def modulate_error(
+    z: jax.Array,
+    *kernels: jax.typing.ArrayLike,
+    dimension_numbers: Any = None,
+    gates: int = 1,
+    gain: jax.typing.ArrayLike = 2.0,
+    bounds: tuple[float, float] | None = (1.0, 2.0),
+    normalization: Normalization = "max",
+    control: Control | None = None,
+) -> jax.Array:
+    r"""Multiplies the error at a pre-activation by the factors of its nodes.
+
+    .. math::
+      z \mapsto z, \qquad \delta_j \leftarrow f_j \, \delta_j
+
+    The propagated form of GRAPES: the layer's own gradients and everything upstream
+    see the modulated error. The value is `z` itself, bit for bit; forward mode and
+    higher derivatives work.
+
+    Use it *instead of* :func:`scale_by_grapes` for the same layer: with both, the
+    factor acts twice.
+
+    Args:
+      z: pre-activation; its last axes are the nodes.
+      *kernels: all kernels that are summed into `z`, an input and a recurrent kernel
+        for instance; their importances add up.
+      dimension_numbers: a :class:`DimensionNumbers` for all kernels, or a sequence with
+        one for each; ``None`` is the convention of Flax, nodes on the last axis.
+      gates: number of gates that lie one after the other on the last axis of `z`; each
+        has a maximum of its own.
+      gain: as in :func:`importance_factor`, like the other options.
+      bounds: as in :func:`importance_factor`.
+      normalization: as in :func:`importance_factor`.
+      control: as in :func:`importance_factor`.
+
+    Returns:
+      `z`, of the same shape and type.
+
+    Raises:
+      ValueError: if there is no kernel, its nodes do not match `z` or those of the
+        other kernels, the gates do not divide them, or as :func:`importance_factor`.
+
+    Examples:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> from grapes_optax import modulate_error
+      >>> kernel = jnp.array([[1.0, -2.0, 0.0], [2.0, 2.0, 1.0]])
+      >>> x = jnp.ones(2)
+      >>> gradient = jax.grad(lambda x: modulate_error(x @ kernel, kernel).sum())
+      >>> print(gradient(x), (jnp.array([1.5, 2.0, 1.0]) * kernel).sum(1))
+      [-2.5  8. ] [-2.5  8. ]
+
+    References:
+      Dellaferrera et al., `Introducing principles of synaptic integration in the
+      optimization of deep neural networks
+      <https://doi.org/10.1038/s41467-022-29491-2>`_, 2022
+    """
+    options = Options(gain, bounds, normalization, control).checked()
+    if not kernels:
+        raise ValueError("modulate_error needs the kernels that are summed into z.")
+    arrays = [jnp.asarray(kernel) for kernel in kernels]
+    one = dimension_numbers is None or hasattr(dimension_numbers, "reduction_axis")
+    numbers: Any = [dimension_numbers] * len(arrays) if one else dimension_numbers
+    if len(numbers) != len(arrays):
+        raise ValueError(f"{len(arrays)} kernels have {len(numbers)} dimension_numbers.")
+    axes = [fan_in_axes(*pair) for pair in zip(arrays, numbers, strict=True)]
+    shapes = [a.shape(array) for array, a in zip(arrays, axes, strict=True)]
+    if any(shape != shapes[0] for shape in shapes):
+        raise ValueError(f"Kernels summed into one z must have the same nodes, got {shapes}.")
+    if gates < 1 or shapes[0][-1] % gates:
+        raise ValueError(f"{gates} gates do not divide the last node axis, of {shapes[0][-1]}.")
+    factor = layer_factor(arrays, axes, gates, options)
+    return scale_tangent(z, align(factor, len(axes[0].output), z))
