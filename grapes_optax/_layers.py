@@ -110,6 +110,12 @@ def tree_leaves(tree: Any) -> Iterator[Leaf]:
     yield from walk(tree, (), "")
 
 
+def leaves_where(tree: Any, condition: Callable[[Any], bool]) -> set[Path]:
+    """Paths of the nodes, leaves or not, that fulfil a condition."""
+    flat = jax.tree_util.tree_leaves_with_path(tree, is_leaf=condition)
+    return {path_names(keys) for keys, node in flat if condition(node)}
+
+
 def kernel_paths(params: Any) -> list[Path]:
     """Paths of all leaves that bear the name of a kernel and may be one."""
     return [
@@ -288,11 +294,7 @@ def _described(given: dict[Path, Any], leaves: dict[Path, Leaf], params: Any) ->
                 f" {path_string(path)}. None stands for a leaf or branch that is not modulated."
             )
         covered[path] = prefix
-    holes = [
-        path_names(keys)
-        for keys, node in jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_hole)
-        if _is_hole(node)
-    ]
+    holes = leaves_where(params, _is_hole)
     for path in given.keys() - set(covered.values()) - {()}:
         masked = any(hole[: len(path)] == path[: len(hole)] for hole in holes)
         if given[path] is not None and not masked:

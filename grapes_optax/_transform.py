@@ -7,17 +7,21 @@ import numpy as np
 import optax
 
 from grapes_optax._importance import Control, Normalization, Options, scale
-from grapes_optax._layers import Member, path_names, path_string, resolve_layers
+from grapes_optax._layers import Member, leaves_where, path_names, path_string, resolve_layers
 from grapes_optax._modulation import is_propagated
 
 
-def _check(update: Any, member: Member) -> None:
-    path = path_string(member.path[1:] if member.path[:1] == ("params",) else member.path)
-    if is_propagated(path):
+def _check_form(member: Member, propagated: bool) -> None:
+    if propagated:
         raise ValueError(
-            f"{path} has propagated GRAPES already: with scale_by_grapes its factor would act"
-            " twice. Use one of the two forms."
+            f"{path_string(member.path)} has propagated GRAPES already: with scale_by_grapes its"
+            " factor would act twice. Use one of the two forms."
         )
+
+
+def _check(update: Any, member: Member) -> None:
+    path = member.path[1:] if member.path[:1] == ("params",) else member.path
+    _check_form(member, is_propagated(path_string(path)))
     if np.shape(update) != np.shape(member.array):
         raise ValueError(
             f"The update of {path_string(member.path)} has shape {np.shape(update)}, the parameter"
@@ -104,7 +108,11 @@ def scale_by_grapes(
     options = Options(gain, bounds, normalization, control).checked()
 
     def init_fn(params):
-        del params
+        marked = leaves_where(params, lambda node: hasattr(node, "grapes_propagated"))
+        if marked:
+            for layer in resolve_layers(params, dimension_numbers):
+                for member in layer.kernels:
+                    _check_form(member, member.path in marked)
         return optax.EmptyState()
 
     def update_fn(updates, state, params=None, **extra_args):
