@@ -11,3 +11,6 @@ from grapes_optax._optimizers import grapes_rmsprop as grapes_rmsprop
 from grapes_optax._optimizers import grapes_sgd as grapes_sgd
 from grapes_optax._summary import summary as summary
 from grapes_optax._transform import scale_by_grapes as scale_by_grapes
+from grapes_optax._transform import (
+    scale_by_outgoing_importance as scale_by_outgoing_importance,
+)

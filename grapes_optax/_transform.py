@@ -1,13 +1,22 @@
 """The local form: every layer's factor times the updates of its leaves."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
-from grapes_optax._importance import Control, Normalization, Options, scale
-from grapes_optax._layers import Member, leaves_where, path_names, path_string, resolve_layers
+from grapes_optax._importance import Axes, Control, Normalization, Options, layer_factor, scale
+from grapes_optax._layers import (
+    Member,
+    leaves_where,
+    path_names,
+    path_string,
+    resolve_layers,
+    tree_leaves,
+)
 from grapes_optax._modulation import is_propagated
 
 
@@ -138,3 +147,88 @@ def scale_by_grapes(
         return jax.tree_util.tree_map_with_path(modulate, updates), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def scale_by_outgoing_importance(
+    layers: Sequence[str],
+    *,
+    gain: jax.typing.ArrayLike = 2.0,
+    bounds: tuple[float, float] | None = None,
+    normalization: Normalization = "max",
+) -> optax.GradientTransformationExtraArgs:
+    r"""Multiplies updates by the *outgoing* importance of node and input.
+
+    .. math::
+      u^l_{ij} \leftarrow c^l_i \, c^{l+1}_j \, u^l_{ij}, \qquad
+      c^l_i = g \sum_k |W^l_{ik}| / \max_{i'} \sum_k |W^l_{i'k}|
+
+    The form that the authors of GRAPES use with direct feedback alignment: c is 1 for
+    the output layer, and the first and the output layer are not modulated. With ordinary
+    GRAPES direct feedback alignment takes :func:`scale_by_grapes` instead.
+
+    Args:
+      layers: paths of the dense kernels, (inputs, nodes), from the input to the output;
+        ``"params/Dense_0/kernel"`` for instance.
+      gain: g.
+      bounds: ``(low, high)``, or ``None`` (the authors' choice) not to clip.
+      normalization: as in :func:`scale_by_grapes`.
+
+    Returns:
+      An :class:`optax.GradientTransformationExtraArgs` with an empty state; biases and
+      other leaves pass through.
+
+    Raises:
+      ValueError: for fewer than two layers or an option out of range; in ``update``, if
+        ``params`` is missing, has no such kernel, or its kernels do not follow each other.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from grapes_optax import scale_by_outgoing_importance
+      >>> params = {name: jnp.array([[1.0, 0.0], [1.0, 1.0]]) for name in "abcd"}
+      >>> tx = scale_by_outgoing_importance(["a", "b", "c", "d"])
+      >>> updates, _ = tx.update(params, tx.init(params), params)
+      >>> print(updates["b"])
+      [[1. 0.]
+       [2. 4.]]
+      >>> print(updates["a"])
+      [[1. 0.]
+       [1. 1.]]
+
+    References:
+      Dellaferrera et al., `Introducing principles of synaptic integration in the
+      optimization of deep neural networks
+      <https://doi.org/10.1038/s41467-022-29491-2>`_, 2022
+    """
+    options = Options(gain, bounds, normalization).checked()
+    if len(layers) < 2 or isinstance(layers, str):
+        raise ValueError("layers are the paths of two kernels or more, from input to output.")
+
+    def update_fn(updates, state, params=None, **extra_args):
+        del extra_args
+        kernels = {path_string(leaf.path): leaf.array for leaf in tree_leaves(params)}
+        chain = [kernels.get(path) for path in layers]
+        shapes = [np.shape(kernel) for kernel in chain]
+        if any(
+            kernel is None or len(shape) != 2 or shape[0] != before[-1]
+            for kernel, shape, before in zip(chain, shapes, [shapes[0][:1], *shapes], strict=False)
+        ):
+            listed = ", ".join(map("{} {}".format, layers, shapes))
+            raise ValueError(
+                "scale_by_outgoing_importance needs params with dense kernels, the nodes of one"
+                f" the inputs of the next: {listed}; the parameters have {', '.join(kernels)}."
+            )
+        outgoing = Axes(reduction=(1,), output=(0,), stack=())
+        factors = [layer_factor([kernel], [outgoing], 1, options) for kernel in chain[:-1]]
+        factors.append(jnp.ones(shapes[-1][0], factors[0].dtype))
+        products = {
+            path: factors[i + 1][:, None] * factors[i + 2][None]
+            for i, path in enumerate(layers[1:-1])
+        }
+
+        def modulate(keys, update):
+            path = path_string(path_names(keys))
+            return scale(update, products[path]) if path in products else update
+
+        return jax.tree_util.tree_map_with_path(modulate, updates), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update_fn)
