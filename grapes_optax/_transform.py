@@ -1,5 +1,6 @@
 """The local form: every layer's factor times the updates of its leaves."""
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -206,20 +207,17 @@ def scale_by_outgoing_importance(
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
         kernels = {path_string(leaf.path): leaf.array for leaf in tree_leaves(params)}
-        chain = [kernels.get(path) for path in layers]
-        shapes = [np.shape(kernel) for kernel in chain]
-        if any(
-            kernel is None or len(shape) != 2 or shape[0] != before[-1]
-            for kernel, shape, before in zip(chain, shapes, [shapes[0][:1], *shapes], strict=False)
-        ):
-            listed = ", ".join(map("{} {}".format, layers, shapes))
+        chain = [kernels[path] for path in layers if np.ndim(kernels.get(path, 0)) == 2]
+        follow = all(a.shape[1] == b.shape[0] for a, b in itertools.pairwise(chain))
+        if len(chain) < len(layers) or not follow:
             raise ValueError(
-                "scale_by_outgoing_importance needs params with dense kernels, the nodes of one"
-                f" the inputs of the next: {listed}; the parameters have {', '.join(kernels)}."
+                "scale_by_outgoing_importance needs params in which"
+                f" {', '.join(layers)} are dense kernels, the nodes of one the inputs of the next;"
+                f" there are {', '.join(kernels) or 'none'}."
             )
         outgoing = Axes(reduction=(1,), output=(0,), stack=())
         factors = [layer_factor([kernel], [outgoing], 1, options) for kernel in chain[:-1]]
-        factors.append(jnp.ones(shapes[-1][0], factors[0].dtype))
+        factors.append(jnp.ones(chain[-1].shape[0], factors[0].dtype))
         products = {
             path: factors[i + 1][:, None] * factors[i + 2][None]
             for i, path in enumerate(layers[1:-1])

@@ -90,10 +90,12 @@ class _Seen(NamedTuple):
     kernel: Any
     axes: Axes
     input: Any
+    is_first: bool
 
 
 class _Recorder(NamedTuple):
     where: Where
+    direct: bool
     layers: dict[Path, _Seen]
 
 
@@ -106,7 +108,8 @@ _JIT_KEY = jax.make_user_context(default_value=())
 class _Call:
     """One call of a whole model."""
 
-    def __init__(self) -> None:
+    def __init__(self, root: Any) -> None:
+        self.root = root
         self.called: set[Path] = set()
         self.reached: list[Path] = []
         self.taps = Taps()
@@ -144,17 +147,20 @@ def _params(module: Any) -> dict[str, Any]:
 
 
 def _intercept(next_fun: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
-    module, call = context.module, _CALL.get()
+    module: Any = context.module
+    call = _CALL.get()
     if module.is_initializing() or not _RULES.get():
         return next_fun(*args, **kwargs)
     if call is None:
-        call = _Call()
+        call = _Call(module.scope.root)
         token = _CALL.set(call)
         try:
             out = _intercept(next_fun, args, kwargs, context)
         finally:
             _CALL.reset(token)
-        return _finish(call, module, out)
+        # The setup of a module passes here too; that of `nn.jit` shows it no parameters.
+        setup = context.method_name == "setup" or not _params(module)
+        return out if setup else _finish(call, module, out)
     call.called.add(module.path)
     numbers = next((LAYERS[cls] for cls in type(module).__mro__ if cls in LAYERS), None)
     if numbers is None or context.method_name != "__call__":
@@ -175,10 +181,14 @@ def _intercept(next_fun: Any, args: Any, kwargs: Any, context: nn.module.Interce
     axes = fan_in_axes(kernel, numbers(module, kernel.ndim))
     path = (*module.path, "kernel")
     call.reached.append(path)
-    for rule in _RULES.get():
-        if isinstance(rule, _Recorder):
-            rule.layers[path] = _Seen(kernel, axes, x)
-    direct = _rule_for(_Direct, path)
+    direct, recorder = _rule_for(_Direct, path), _rule_for(_Recorder, path)
+    if recorder is not None:
+        recorder.layers[path] = _Seen(kernel, axes, x, path == call.reached[0])
+    if module.scope.root is not call.root and (direct or (recorder and recorder.direct)):
+        raise ValueError(
+            f"{path_string(path)} lies inside a lifted transform (nn.scan, nn.RNN, nn.remat, nn.jit"
+            ", ...), where direct feedback alignment cannot reach it: exclude it with `where`."
+        )
     if direct is not None and path != call.reached[0]:  # nothing before the first layer learns
         x = call.taps.cut(path_string(path), x, _at(direct.feedback, path))
     modulated = _modulation(module, path, kernel, axes)
@@ -484,12 +494,11 @@ def init_feedback(
       {'layers_2': {'kernel': (8, 3)}}
     """
     layers: dict[Path, _Seen] = {}
-    with _active(_Recorder(where, layers), object()):
+    with _active(_Recorder(where, direct, layers), object()):
         logits = jax.eval_shape(lambda v, *x: model.apply(v, *x, **kwargs), variables, *inputs)
-    first, *_ = layers
     feedback = {}
     for number, (path, seen) in enumerate(layers.items()):
-        if (direct and path == first) or not (where is None or where(path_string(path))):
+        if direct and seen.is_first:
             continue
         shape, axes = seen.kernel.shape, seen.axes
         if direct:
