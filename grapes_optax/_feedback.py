@@ -93,6 +93,15 @@ def aligned(
     return add_tangents(op(params, jax.lax.stop_gradient(x)), op(upstream, x))
 
 
+def check_logits(logits: Any) -> Any:
+    if not hasattr(logits, "shape"):
+        raise ValueError(
+            "Direct feedback alignment taps the logits: the model must return one array, not"
+            f" {type(logits).__name__}."
+        )
+    return logits
+
+
 class Taps:
     """Direct feedback alignment: inputs of layers, tapped to the error at the logits."""
 
@@ -106,7 +115,7 @@ class Taps:
 
     def tap(self, logits: jax.Array) -> jax.Array:
         """The logits; their cotangent reaches every input through its feedback weights."""
-        batch = logits.shape[:-1]
+        batch = check_logits(logits).shape[:-1]
         outs = []
         for where, x, feedback in self.inputs:
             if x.shape[: len(batch)] != batch:

@@ -20,7 +20,7 @@ from grapes_optax._backward import (
     modulation,
 )
 from grapes_optax._conventions import CELLS, Cell
-from grapes_optax._feedback import Taps, check_feedback, check_rule
+from grapes_optax._feedback import Taps, check_feedback, check_logits, check_rule
 from grapes_optax._importance import (
     Axes,
     Control,
@@ -252,14 +252,7 @@ def _finish(call: _Call, module: Any, out: Any) -> Any:
                 "No layer was reached: the model calls no Dense, DenseGeneral, Conv, ConvLocal or"
                 " ConvTranspose that `where` selects."
             )
-    if not call.taps.inputs:
-        return out
-    if not isinstance(out, jax.Array):
-        raise ValueError(
-            "Direct feedback alignment taps the logits: the model must return one array, not"
-            f" {type(out).__name__}."
-        )
-    return call.taps.tap(out)
+    return call.taps.tap(out) if call.taps.inputs else out
 
 
 # The public rules.
@@ -502,7 +495,7 @@ def init_feedback(
             continue
         shape, axes = seen.kernel.shape, seen.axes
         if direct:
-            *batch, classes = jax.tree.leaves(logits)[0].shape
+            *batch, classes = check_logits(logits).shape
             shape = (math.prod(seen.input.shape[len(batch) :]), classes)
             axes = Axes((0,), (1,), ())
         keyed = jax.random.fold_in(key, number)

@@ -20,7 +20,7 @@ from grapes_optax._backward import (
     modulation,
 )
 from grapes_optax._conventions import CELLS, Cell
-from grapes_optax._feedback import Taps, check_feedback, check_rule
+from grapes_optax._feedback import Taps, check_feedback, check_logits, check_rule
 from grapes_optax._importance import (
     Axes,
     Control,
@@ -176,11 +176,6 @@ def _call_model(self: Any, *args: Any, **kwargs: Any) -> Any:
     taps = Taps()
     with _set(_TAPS, taps):
         logits = self.grapes_base.__call__(self, *args, **kwargs)
-    if not isinstance(logits, jax.Array):
-        raise ValueError(
-            "Direct feedback alignment taps the logits: the model must return one array, not"
-            f" {type(logits).__name__}."
-        )
     return taps.tap(logits)
 
 
@@ -427,7 +422,7 @@ def direct_feedback_alignment(
     seen: dict[Path, Any] = {}
     with _set(_RECORD, seen):
         logits = jax.eval_shape(lambda state, *x: nnx.merge(graph, state)(*x), state, *inputs)
-    *batch, classes = logits.shape
+    *batch, classes = check_logits(logits).shape
     first, *later = seen
     del first  # nothing before the first layer learns
     key = rngs.feedback()
