@@ -1,14 +1,16 @@
 """GRAPES and its controls on scikit-learn's handwritten digits, in Flax.
 
-A multilayer perceptron is trained with plain SGD, with GRAPES, and with the two controls
-that tell whether it matters which node gets which factor. All seeds train at once.
-Prints a table and draws learning_curves.png.
+A multilayer perceptron is trained by backpropagation, feedback alignment (FA) and direct
+feedback alignment (DFA), each plain, with GRAPES, and with the controls that tell whether
+it matters which node gets which factor. All seeds train at once. Prints a table and draws
+learning_curves.png.
 """
 
 import argparse
-import functools
+import contextlib
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -23,6 +25,7 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 import grapes_optax
+from grapes_optax import linen as grapes
 
 BATCH = 32
 
@@ -35,16 +38,56 @@ class MLP(nn.Module):
         return nn.Dense(10, name="output")(x)
 
 
-def methods(learning_rate: float) -> dict[str, optax.GradientTransformation]:
-    """What is compared. As in the paper, the output layer is not modulated."""
-    hidden = grapes_optax.by_path(where=lambda path: "output" not in path)
-    grapes = functools.partial(grapes_optax.grapes_sgd, learning_rate, dimension_numbers=hidden)
+def hidden(path: str) -> bool:
+    """As in the paper, the output layer is not modulated."""
+    return "output" not in path
+
+
+class Method(NamedTuple):
+    """An optimizer, and contexts of the backward pass that may use feedback weights."""
+
+    optimizer: optax.GradientTransformation
+    contexts: Callable[[Any], list] = lambda feedback: []
+    direct: bool = False  # feedback weights from the logits, for DFA
+
+
+def methods(rate: float) -> dict[str, Method]:
+    """What is compared, by name; what stands before the colon is drawn in one panel."""
+    sgd = optax.sgd(rate)
+
+    def local(**options):
+        description = grapes_optax.by_path(where=hidden)
+        return grapes_optax.grapes_sgd(rate, dimension_numbers=description, **options)
+
+    def propagated(**options):
+        return Method(sgd, lambda feedback: [grapes.propagated(hidden, **options)])
+
+    def aligned(**options):
+        def contexts(feedback):
+            modulation = [grapes.propagated(hidden, **options)] if options else []
+            return [grapes.feedback_alignment(feedback), *modulation]
+
+        return Method(sgd, contexts)
+
+    def direct(optimizer):
+        return Method(
+            optimizer, lambda feedback: [grapes.direct_feedback_alignment(feedback)], direct=True
+        )
+
     return {
-        "SGD": optax.sgd(learning_rate),
-        "SGD, twice the learning rate": optax.sgd(2 * learning_rate),
-        "GRAPES": grapes(),
-        "control: mean factor": grapes(control="mean"),
-        "control: neighbour's factor": grapes(control="roll"),
+        "BP: plain": Method(sgd),
+        "BP: plain, twice the learning rate": Method(optax.sgd(2 * rate)),
+        "BP: local GRAPES": Method(local()),
+        "BP: local, mean factor": Method(local(control="mean")),
+        "BP: local, neighbour's factor": Method(local(control="roll")),
+        "BP: propagated GRAPES": propagated(),
+        "BP: propagated, mean factor": propagated(control="mean"),
+        "FA: plain": aligned(),
+        "FA: propagated GRAPES": aligned(control=None),
+        "FA: propagated, mean factor": aligned(control="mean"),
+        "DFA: plain": direct(sgd),
+        "DFA: local GRAPES": direct(local()),
+        "DFA: local, mean factor": direct(local(control="mean")),
     }
 
 
@@ -72,21 +115,25 @@ def logits(params: Any, images: jax.Array) -> Any:
 
 
 def train(
-    optimizer: optax.GradientTransformation, data: tuple, seeds: int, epochs: int, progress: tqdm
+    method: Method, data: tuple, seeds: int, epochs: int, progress: tqdm
 ) -> tuple[np.ndarray, Any, Any]:
     """Trains all seeds at once: test accuracy (epochs, seeds), first and last parameters."""
     train_x, train_y, test_x, test_y = data
+    optimizer = method.optimizer
 
     def loss(params, x, y):
         return optax.softmax_cross_entropy_with_integer_labels(logits(params, x), y).mean()
 
-    def step(carry, batch):
-        params, state = carry
-        gradient = jax.grad(loss)(params, train_x[batch], train_y[batch])
-        updates, state = optimizer.update(gradient, state, params)
-        return (optax.apply_updates(params, updates), state), None
+    def epoch(params, state, feedback, key):
+        def step(carry, batch):
+            params, state = carry
+            with contextlib.ExitStack() as stack:
+                for context in method.contexts(feedback):
+                    stack.enter_context(context)
+                gradient = jax.grad(loss)(params, train_x[batch], train_y[batch])
+            updates, state = optimizer.update(gradient, state, params)
+            return (optax.apply_updates(params, updates), state), None
 
-    def epoch(params, state, key):
         batches = len(train_x) // BATCH
         order = jax.random.permutation(key, len(train_x))[: batches * BATCH]
         (params, state), _ = jax.lax.scan(step, (params, state), order.reshape(batches, BATCH))
@@ -94,12 +141,17 @@ def train(
         return params, state, correct.mean()
 
     # Every method sees the same initial weights and the same batches, seed by seed.
-    keys = jax.random.split(jax.random.key(0), (epochs + 1, seeds))
+    keys = jax.random.split(jax.random.key(0), (epochs + 2, seeds))
     params = first = initial_params(keys[0])
     state, accuracies = jax.vmap(optimizer.init)(params), []
+    feedback = jax.vmap(
+        lambda key, params: grapes.init_feedback(
+            key, MLP(), params, train_x[:1], direct=method.direct
+        )
+    )(keys[1], params)
     epoch = jax.jit(jax.vmap(epoch))
-    for key in keys[1:]:
-        params, state, accuracy = epoch(params, state, key)
+    for key in keys[2:]:
+        params, state, accuracy = epoch(params, state, feedback, key)
         accuracies.append(accuracy)
         progress.update()
     return np.array(accuracies), first, params
@@ -116,44 +168,46 @@ def mean_and_spread(accuracy: np.ndarray) -> str:
 
 
 # Colours of Okabe and Ito, with line styles that tell the lines apart in grey.
-STYLES = [
-    {"color": "#000000", "linestyle": "-"},
-    {"color": "#999999", "linestyle": "--"},
-    {"color": "#0072B2", "linestyle": "-"},
-    {"color": "#E69F00", "linestyle": "--"},
-    {"color": "#009E73", "linestyle": ":"},
-]
+STYLES = {
+    "plain": ("#000000", "-"),
+    "plain, twice the learning rate": ("#999999", "--"),
+    "local GRAPES": ("#0072B2", "-"),
+    "local, mean factor": ("#E69F00", "--"),
+    "local, neighbour's factor": ("#009E73", ":"),
+    "propagated GRAPES": ("#D55E00", "-"),
+    "propagated, mean factor": ("#CC79A7", (0, (5, 2))),
+}
+PANELS = {"BP": "backpropagation", "FA": "feedback alignment", "DFA": "direct feedback alignment"}
 
 
 def draw(results: dict[str, tuple], path: Path) -> None:
     """Learning curves with a band over seeds, and the factors before and after training."""
-    plt.rcParams |= {"font.size": 9, "axes.titlesize": 9}
+    plt.rcParams |= {"font.size": 8, "axes.titlesize": 9}
     plt.rcParams |= {"axes.spines.top": False, "axes.spines.right": False}
-    layout: Any = [["curves", "Dense_0"], ["curves", "Dense_1"]]
+    layout: Any = [["BP", "FA", "Dense_0"], ["BP", "DFA", "Dense_1"]]
     figure, axes = plt.subplot_mosaic(
-        layout, figsize=(9, 4.2), width_ratios=[1.7, 1], layout="constrained"
+        layout, figsize=(10, 5), width_ratios=[1.5, 1.1, 1], layout="constrained"
     )
-    curves = axes["curves"]
-    for (name, (accuracy, *_)), style in zip(results.items(), STYLES, strict=True):
+    for name, (accuracy, *_) in results.items():
+        rule, variant = name.split(": ")
+        color, linestyle = STYLES[variant]
         error = 100 - 100 * accuracy
         epochs = 1 + np.arange(len(error))
         mean, spread = error.mean(1), error.std(1, ddof=1)
-        curves.plot(epochs, mean, lw=1.8, label=name, **style)
-        curves.fill_between(
-            epochs, mean - spread, mean + spread, color=style["color"], alpha=0.1, lw=0
-        )
-    curves.set_yscale("log")
-    curves.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
-    curves.yaxis.set_major_formatter("{x:g}")
-    curves.yaxis.set_minor_locator(NullLocator())
-    curves.xaxis.set_major_locator(MaxNLocator(integer=True))
-    curves.set(
-        xlabel="epoch",
-        ylabel="test error (%)",
-        title="Mean, and band of ± 1 standard deviation over seeds",
-    )
-    curves.legend(frameon=False)
-    _, *snapshots = results["GRAPES"]
+        axes[rule].plot(epochs, mean, lw=1.6, label=variant, color=color, linestyle=linestyle)
+        axes[rule].fill_between(epochs, mean - spread, mean + spread, color=color, alpha=0.1, lw=0)
+    for rule, title in PANELS.items():
+        curves = axes[rule]
+        curves.set_yscale("log")
+        curves.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+        curves.yaxis.set_major_formatter("{x:g}")
+        curves.yaxis.set_minor_locator(NullLocator())
+        curves.xaxis.set_major_locator(MaxNLocator(integer=True))
+        curves.set(ylabel="test error (%)", title=title)
+        curves.legend(frameon=False)
+        if rule != "FA":
+            curves.set_xlabel("epoch")
+    _, *snapshots = results["BP: local GRAPES"]
     for layer in "Dense_0", "Dense_1":
         before, after = (factors(params, layer) for params in snapshots)
         percent = {
@@ -162,9 +216,10 @@ def draw(results: dict[str, tuple], path: Path) -> None:
         }
         axes[layer].hist(before, **percent, color="#56B4E9", label="before training")
         axes[layer].hist(after, **percent, color="#000000", histtype="step", label="after training")
-        axes[layer].set(ylabel="nodes (%)", title=f"GRAPES factors in {layer}")
+        axes[layer].set(ylabel="nodes (%)", title=f"factors in {layer}, local GRAPES")
     axes["Dense_1"].legend(frameon=False, loc="upper left")
-    axes["Dense_1"].set_xlabel("factor on the node's gradient")
+    axes["Dense_1"].set_xlabel("factor of the node")
+    figure.suptitle("Mean, and band of ± 1 standard deviation over seeds", fontsize=9)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
@@ -187,9 +242,9 @@ def main() -> None:
     data = digits()
     with tqdm(total=len(contenders) * options.epochs, unit="epoch") as progress:
         results = {}
-        for name, optimizer in contenders.items():
+        for name, method in contenders.items():
             progress.set_description(name)
-            results[name] = train(optimizer, data, options.seeds, options.epochs, progress)
+            results[name] = train(method, data, options.seeds, options.epochs, progress)
     rows = [
         (name, mean_and_spread(accuracy[0]), mean_and_spread(accuracy[-1]))
         for name, (accuracy, *_) in results.items()

@@ -32,7 +32,7 @@ from grapes_optax._importance import (
 from grapes_optax._layers import Path, path_string
 
 Where = Callable[[str], bool] | None
-Model = TypeVar("Model", bound=nnx.Module)
+_Model = TypeVar("_Model", bound=nnx.Module)
 
 
 class FeedbackWeights(nnx.Variable):
@@ -223,7 +223,7 @@ def _change(layer: Any, path: Path, **changes: Any) -> None:
 
 
 def propagated(
-    model: Model,
+    model: _Model,
     where: Where = None,
     *,
     through_time: bool = False,
@@ -231,7 +231,7 @@ def propagated(
     bounds: tuple[float, float] | None = (1.0, 2.0),
     normalization: Normalization = "max",
     control: Control | None = None,
-) -> Model:
+) -> _Model:
     r"""Gives the layers of an nnx model propagated GRAPES in their backward pass.
 
     .. math::
@@ -319,13 +319,13 @@ def importance_from(state: Any) -> Iterator[None]:
 
 
 def feedback_alignment(
-    model: Model,
+    model: _Model,
     rngs: nnx.Rngs,
     where: Where = None,
     *,
     rule: str = "fixed",
     initializer: Initializer = HE_UNIFORM,
-) -> Model:
+) -> _Model:
     r"""Makes the layers of an nnx model carry errors back by feedback weights.
 
     The rules are those of ``grapes_optax.linen.feedback_alignment``. Every layer gets a
@@ -377,12 +377,12 @@ def feedback_alignment(
 
 
 def direct_feedback_alignment(
-    model: Model,
+    model: _Model,
     rngs: nnx.Rngs,
     *inputs: Any,
     where: Where = None,
     initializer: Initializer = HE_UNIFORM,
-) -> Model:
+) -> _Model:
     r"""Hands the error at the logits of an nnx model to every layer directly.
 
     As ``grapes_optax.linen.direct_feedback_alignment``. Every layer but the first gets a
