@@ -18,6 +18,7 @@ lint: $(VENV)/lint
 
 bench: $(VENV)/examples
 	$(RUN)python -m benchmarks.step_cost
+	$(RUN)python -m benchmarks.backward
 
 clean:
 	rm -rf .venv runs build dist .pytest_cache .hypothesis .ruff_cache

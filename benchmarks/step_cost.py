@@ -3,16 +3,14 @@
 import argparse
 import subprocess
 import sys
-import time
-from importlib.metadata import version
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from tabulate import tabulate
 
+from benchmarks.timing import markdown, seconds_side_by_side, versions
 from grapes_optax import grapes_sgd, scale_by_grapes
 
 RATE = 1e-3
@@ -105,22 +103,9 @@ class Run:
         assert costs is not None
         return costs["bytes accessed"]
 
-    def seconds(self, steps: int) -> float:
-        """Seconds per step, over a burst of steps with one wait at its end."""
-        start = time.perf_counter()
-        for _ in range(steps):
-            self.params, self.state = self.step(self.params, self.state, self.grads)
-        jax.block_until_ready((self.params, self.state))
-        return (time.perf_counter() - start) / steps
-
-
-def seconds_side_by_side(runs: list[Run], rounds: int) -> np.ndarray:
-    """Seconds per step, rounds x runs: in turn, so that a busy machine slows all alike."""
-    for run in runs:
-        run.seconds(3)  # compiles, and warms up
-    # Bursts of 20 ms of the first run: the clock and the wait vanish, and rounds stay short.
-    steps = max(2, round(0.02 / runs[0].seconds(3)))
-    return np.array([[run.seconds(steps) for run in runs] for _ in range(rounds)])
+    def __call__(self) -> Any:
+        self.params, self.state = self.step(self.params, self.state, self.grads)
+        return self.params, self.state
 
 
 def table(params: Any, grads: Any, rounds: int) -> str:
@@ -138,10 +123,7 @@ def table(params: Any, grads: Any, rounds: int) -> str:
     # The time of a shared CPU says little; its ratios say more.
     if jax.default_backend() != "cpu":
         columns["time (µs)"] = [f"{x * 1e6:.1f}" for x in np.median(seconds, axis=0)]
-    align = ("left", *["right"] * (len(columns) - 1))
-    return tabulate(
-        columns, headers="keys", tablefmt="github", disable_numparse=True, colalign=align
-    )
+    return markdown(columns)
 
 
 def main() -> None:
@@ -150,8 +132,7 @@ def main() -> None:
     parser.add_argument("--tree", choices=(*TREES, "all"), default="all")
     options = parser.parse_args()
 
-    versions = ", ".join(f"{name} {version(name)}" for name in ("jax", "jaxlib", "optax"))
-    print(f"{jax.default_backend()} ({jax.devices()[0].device_kind}), {versions}")
+    print(versions("jax", "jaxlib", "optax"))
     for name in TREES if options.tree == "all" else [options.tree]:
         params, grads = (random_tree(TREES[name], seed) for seed in range(2))
         leaves = len(jax.tree.leaves(params))

@@ -41,9 +41,11 @@ BACKWARD_KERNELS: dict[str, Callable[[jax.Array, jax.Array, Any], jax.Array]] = 
         jnp.sign(kernel) * jnp.sqrt(jnp.mean(jnp.square(feedback)))
     ),
     "fixed_sign": lambda kernel, feedback, key: jnp.sign(kernel) * jnp.abs(feedback),
+    # Uniform on [0, a] has the root mean square a / sqrt(3); a shuffle would sort every weight.
     "random_sign": lambda kernel, feedback, key: (
         jnp.sign(kernel)
-        * jnp.abs(jax.random.permutation(key, feedback.ravel())).reshape(kernel.shape)
+        * jnp.sqrt(3 * jnp.mean(jnp.square(feedback)))
+        * jax.random.uniform(key, kernel.shape, feedback.dtype)
     ),
 }
 

@@ -212,6 +212,8 @@ def _modulation(module: Any, path: Path, kernel: jax.Array, axes: Axes) -> Modul
     if rule.importance is not None:
         source = rule.importance.get("params", rule.importance)
         kernels = [_at(source, path) for path in paths]
+        if any(other is None for other in kernels):
+            raise ValueError(f"`importance` lacks {path_string(path)} or what is summed with it.")
     elif len(pair) > 1:
         kernels = [_at(_params(module.parent), path[len(path) - 2 :]) for path in paths]
     carry = module.name in pair[1:]
@@ -349,7 +351,8 @@ def feedback_alignment(
     ``"fixed"``          B
     ``"uniform_sign"``   sign(W) times the root mean square of B
     ``"fixed_sign"``     sign(W) times the magnitudes of B
-    ``"random_sign"``    sign(W) times magnitudes of B, shuffled in every batch
+    ``"random_sign"``    sign(W) times magnitudes drawn uniformly in every batch, with
+                         the root mean square of B
     ``"kolen_pollack"``  B, which receives the gradient of W
     ===================  =====================================================
 

@@ -420,6 +420,18 @@ def test_direct_feedback_cannot_reach_into_lifted_loops():
         model.apply(params, x)
 
 
+def test_importance_from_other_parameters():
+    other = jax.tree.map(lambda x: -3 * x, PARAMS)  # the same factors
+    for importance in other, other["params"]:
+        with propagated(hidden, importance=importance):
+            assert_close(jax.grad(loss)(PARAMS), MODULATED)
+    with (
+        propagated(hidden, importance={"params": {}}),
+        pytest.raises(ValueError, match="`importance` lacks Dense_0/kernel"),
+    ):
+        loss(PARAMS)
+
+
 def test_unknown_options():
     with pytest.raises(ValueError, match="Unknown control"):
         propagated(control="shuffle")

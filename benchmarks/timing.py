@@ -1,0 +1,44 @@
+"""What the benchmarks of steps share: the clock, the line of versions and the tables."""
+
+import time
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from typing import Any
+
+import jax
+import numpy as np
+from tabulate import tabulate
+
+Step = Callable[[], Any]  # takes one step, from where the last one ended; returns its results
+
+
+def seconds(step: Step, times: int) -> float:
+    """Seconds per step, over a burst of steps with one wait at its end."""
+    out = None
+    start = time.perf_counter()
+    for _ in range(times):
+        out = step()
+    jax.block_until_ready(out)
+    return (time.perf_counter() - start) / times
+
+
+def seconds_side_by_side(steps: Sequence[Step], rounds: int) -> np.ndarray:
+    """Seconds per step, rounds x steps: in turn, so that a busy machine slows all alike."""
+    for step in steps:
+        seconds(step, 3)  # compiles, and warms up
+    # Bursts of 50 ms of the first step: the clock and the wait vanish, and rounds stay short.
+    times = max(2, round(0.05 / seconds(steps[0], 3)))
+    return np.array([[seconds(step, times) for step in steps] for _ in range(rounds)])
+
+
+def versions(*packages: str) -> str:
+    listed = ", ".join(f"{name} {version(name)}" for name in packages)
+    return f"{jax.default_backend()} ({jax.devices()[0].device_kind}), {listed}"
+
+
+def markdown(columns: dict[str, list[str]]) -> str:
+    """A table whose first column is text and whose others are numbers."""
+    align = ("left", *["right"] * (len(columns) - 1))
+    return tabulate(
+        columns, headers="keys", tablefmt="github", disable_numparse=True, colalign=align
+    )
