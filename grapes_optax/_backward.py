@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from grapes_optax._feedback import aligned
+from grapes_optax._feedback import aligned, tie
 from grapes_optax._importance import Axes, Options, expand, layer_factor
 from grapes_optax._modulation import align, scale_tangent
 
@@ -46,6 +46,8 @@ def call_layer(
     feedback: Feedback | None,
 ) -> jax.Array:
     """`op(params, x)` of a bilinear layer, with the backward pass that the rules ask for."""
+    if feedback is not None:
+        params = tie(params, feedback.weights, feedback.rule)
     if modulated is not None and modulated.own:
         factor, axes, _ = modulated
         factors = {"kernel": expand(factor, axes), "bias": factor}

@@ -74,6 +74,13 @@ def check_feedback(where: str, feedback: Any, shape: tuple[int, ...]) -> jax.Arr
     return feedback
 
 
+def tie(params: dict[str, Any], feedback: jax.Array, rule: str) -> dict[str, Any]:
+    """Under Kolen-Pollack the feedback weights receive the gradient of the kernel."""
+    if rule != "kolen_pollack":
+        return params
+    return params | {"kernel": add_tangents(params["kernel"], feedback)}
+
+
 def aligned(
     op: Callable[[dict[str, Any], jax.Array], jax.Array],
     params: dict[str, Any],
@@ -82,15 +89,9 @@ def aligned(
     rule: str,
     key: jax.Array | None = None,
 ) -> jax.Array:
-    """`op(params, x)`, bilinear, whose error is carried to `x` by the rule's kernel.
-
-    Kolen-Pollack hands the feedback weights the gradient of the kernel.
-    """
-    backward = BACKWARD_KERNELS[rule](params["kernel"], feedback, key).astype(
-        params["kernel"].dtype
-    )
-    if rule == "kolen_pollack":
-        params = params | {"kernel": add_tangents(params["kernel"], feedback)}
+    """`op(params, x)`, bilinear, whose error is carried to `x` by the rule's kernel."""
+    kernel = params["kernel"]
+    backward = BACKWARD_KERNELS[rule](kernel, feedback, key).astype(kernel.dtype)
     upstream = jax.lax.stop_gradient(params | {"kernel": backward})
     return add_tangents(op(params, jax.lax.stop_gradient(x)), op(upstream, x))
 

@@ -169,6 +169,8 @@ class Options(NamedTuple):
         ):
             if value not in table:
                 raise ValueError(f"Unknown {name} {value!r}: choose one of {list(table)}.")
+        if not isinstance(self.gain, int | float | np.number | np.ndarray | jax.Array):
+            raise TypeError(f"gain must be a number or a scalar array, got {self.gain!r}.")
         if isinstance(self.gain, int | float | np.number) and not 0 <= self.gain < math.inf:
             raise ValueError(f"gain must be finite and not negative, got {self.gain}.")
         if self.bounds is None:

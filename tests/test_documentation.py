@@ -8,6 +8,7 @@ import pytest
 import grapes_optax
 import grapes_optax.linen
 import grapes_optax.nnx
+from examples import digits
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -40,6 +41,11 @@ def test_every_public_name_is_documented():
     for name, thing in PUBLIC.items():
         assert f"`{name.split('.')[-1]}(" in api, f"docs/api.md lacks {name}"
         assert ">>>" in thing.__doc__, f"{name} has no example"
+
+
+def test_table_of_the_demo_is_in_the_readme():
+    rows = re.findall(r"^\| (\w+: .*?) +\| +[\d.]+ ± ", (ROOT / "README.md").read_text(), re.M)
+    assert rows == list(digits.methods(0.1))
 
 
 def test_links_lead_somewhere():

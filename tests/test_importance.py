@@ -155,6 +155,12 @@ def test_wrong_options(options, message):
         importance_factor(jnp.ones((2, 3)), **options)
 
 
+@pytest.mark.parametrize("gain", [None, "2", [2.0]])
+def test_gain_of_another_type(gain):
+    with pytest.raises(TypeError, match="gain must be a number"):
+        importance_factor(jnp.ones((2, 3)), gain=gain)
+
+
 # Properties. Weights are multiples of 1/64 in [-4, 4]: their sums are exact in float32
 # in any order, so that equality can be asked for.
 
