@@ -170,6 +170,26 @@ def test_a_part_of_the_model_may_be_called():
     np.testing.assert_allclose(actual, reference.scale(plain, kernel, 0, 1), rtol=1e-5)
 
 
+def test_convolutional_lstm():
+    cell, x = nn.ConvLSTMCell(4, (3,)), normal(2, 5, 3)
+    carry = normal(2, 5, 4), normal(2, 5, 4)
+    params = random_params(cell, carry, x)
+
+    def biases(params):
+        def output(params):
+            return jnp.square(cell.apply(params, carry, x)[1]).sum()
+
+        leaves = jax.grad(output)(params)["params"]
+        return leaves["ih"]["bias"], leaves["hh"]["bias"]
+
+    plain = biases(params)
+    sums = sum(np.abs(params["params"][name]["kernel"]).sum((0, 1)) for name in ("ih", "hh"))
+    factor = reference.factor(sums.reshape(4, 4), 1).ravel()  # gates, nodes
+    with propagated():
+        for actual, expected in zip(biases(params), plain, strict=True):
+            np.testing.assert_allclose(actual, expected * factor, rtol=2e-5)
+
+
 # Transforms of JAX and Flax
 
 
