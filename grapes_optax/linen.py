@@ -362,7 +362,8 @@ def feedback_alignment(
 
     Works on Dense, DenseGeneral, Conv, ConvLocal and ConvTranspose, also inside attention,
     recurrent cells and ``nn.RNN``. The slices of a scanned stack of layers share their
-    feedback weights (which under Kolen-Pollack can align with none of them). For GRAPES on top, enter :func:`propagated` as well.
+    feedback weights (which under Kolen-Pollack can align with none of them). For GRAPES on
+    top, enter :func:`propagated` as well.
 
     Args:
       feedback: feedback weights, from :func:`init_feedback`. Keep them in a collection of
