@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.extend.core import get_opaque_trace_state
 
 from grapes_optax._layers import path_string, tree_leaves
 
@@ -105,14 +106,28 @@ def check_logits(logits: Any) -> Any:
     return logits
 
 
+def check_reach(where: str, reached: bool) -> None:
+    if not reached:
+        raise ValueError(
+            f"{where} lies inside a transform within the model (scan, RNN, remat, jit, ...), where"
+            " direct feedback alignment cannot reach it: exclude it with `where`."
+        )
+
+
 class Taps:
     """Direct feedback alignment: inputs of layers, tapped to the error at the logits."""
 
     def __init__(self) -> None:
+        self.trace = get_opaque_trace_state()
         self.inputs: list[tuple[str, jax.Array, Any]] = []
+
+    def reach_here(self) -> bool:
+        """Whether a layer that is called now could return to the tap: not from an inner trace."""
+        return get_opaque_trace_state() == self.trace
 
     def cut(self, where: str, x: jax.Array, feedback: Any) -> jax.Array:
         """Cuts the gradient at the input of a layer, which the tap will make up for."""
+        check_reach(where, self.reach_here())
         self.inputs.append((where, x, feedback))
         return jax.lax.stop_gradient(x)
 

@@ -20,7 +20,7 @@ from grapes_optax._backward import (
     modulation,
 )
 from grapes_optax._conventions import CELLS, Cell
-from grapes_optax._feedback import Taps, check_feedback, check_logits, check_rule
+from grapes_optax._feedback import Taps, check_feedback, check_logits, check_reach, check_rule
 from grapes_optax._importance import (
     Axes,
     Control,
@@ -108,8 +108,7 @@ _JIT_KEY = jax.make_user_context(default_value=())
 class _Call:
     """One call of a whole model."""
 
-    def __init__(self, root: Any) -> None:
-        self.root = root
+    def __init__(self) -> None:
         self.called: set[Path] = set()
         self.reached: list[Path] = []
         self.taps = Taps()
@@ -152,7 +151,7 @@ def _intercept(next_fun: Any, args: Any, kwargs: Any, context: nn.module.Interce
     if module.is_initializing() or not _RULES.get():
         return next_fun(*args, **kwargs)
     if call is None:
-        call = _Call(module.scope.root)
+        call = _Call()
         token = _CALL.set(call)
         try:
             out = _intercept(next_fun, args, kwargs, context)
@@ -183,12 +182,8 @@ def _intercept(next_fun: Any, args: Any, kwargs: Any, context: nn.module.Interce
     call.reached.append(path)
     direct, recorder = _rule_for(_Direct, path), _rule_for(_Recorder, path)
     if recorder is not None:
+        check_reach(path_string(path), not recorder.direct or call.taps.reach_here())
         recorder.layers[path] = _Seen(kernel, axes, x, path == call.reached[0])
-    if module.scope.root is not call.root and (direct or (recorder and recorder.direct)):
-        raise ValueError(
-            f"{path_string(path)} lies inside a lifted transform (nn.scan, nn.RNN, nn.remat, nn.jit"
-            ", ...), where direct feedback alignment cannot reach it: exclude it with `where`."
-        )
     if direct is not None and path != call.reached[0]:  # nothing before the first layer learns
         x = call.taps.cut(path_string(path), x, _at(direct.feedback, path))
     modulated = _modulation(module, path, kernel, axes)

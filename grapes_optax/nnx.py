@@ -19,8 +19,8 @@ from grapes_optax._backward import (
     draw_feedback,
     modulation,
 )
-from grapes_optax._conventions import CELLS, Cell
-from grapes_optax._feedback import Taps, check_feedback, check_logits, check_rule
+from grapes_optax._conventions import BIASES, CELLS, Cell
+from grapes_optax._feedback import Taps, check_feedback, check_logits, check_reach, check_rule
 from grapes_optax._importance import (
     Axes,
     Control,
@@ -91,9 +91,14 @@ class _Rules(NamedTuple):
     direct: bool = False
 
 
+class _Seen(NamedTuple):
+    shape: tuple[int, ...]
+    reached: bool
+
+
 _CELL: ContextVar[Any] = ContextVar("_CELL", default=None)
 _TAPS: ContextVar[Taps | None] = ContextVar("_TAPS", default=None)
-_RECORD: ContextVar[dict[Path, Any] | None] = ContextVar("_RECORD", default=None)
+_RECORD: ContextVar[dict[Path, _Seen] | None] = ContextVar("_RECORD", default=None)
 _IMPORTANCE: ContextVar[Any] = ContextVar("_IMPORTANCE", default=None)
 
 
@@ -132,10 +137,10 @@ def _call_layer(self: Any, inputs: jax.Array, *args: Any, **kwargs: Any) -> jax.
         return base.__call__(layer, x, *args, **kwargs)
 
     record, taps = _RECORD.get(), _TAPS.get()
-    if record is not None:
-        record.setdefault(rules.path, inputs)
-    if rules.direct and taps is not None and hasattr(self, "feedback"):
-        inputs = taps.cut(path_string(rules.path), inputs, self.feedback[...])
+    if record is not None and taps is not None:
+        record.setdefault(rules.path, _Seen(inputs.shape, taps.reach_here()))
+    elif rules.direct and taps is not None:
+        inputs = taps.cut(path_string(rules.path), inputs, _weights(self))
     return call_layer(op, params, inputs, _modulation(self, rules), _feedback(self, rules))
 
 
@@ -158,13 +163,17 @@ def _item(tree: Any, name: str) -> Any:
     return child[...] if isinstance(child, nnx.Variable) else child
 
 
+def _weights(layer: Any) -> jax.Array | None:
+    feedback = getattr(layer, "feedback", None)
+    return None if feedback is None else feedback[...]
+
+
 def _feedback(layer: Any, rules: _Rules) -> Feedback | None:
     if rules.aligned is None:
         return None
-    where = path_string(rules.path)
-    weights = check_feedback(where, getattr(layer, "feedback", None), layer.kernel.shape)
+    weights = check_feedback(path_string(rules.path), _weights(layer), layer.kernel.shape)
     key = layer.feedback_rngs() if rules.aligned == "random_sign" else None
-    return Feedback(weights[...], rules.aligned, key)
+    return Feedback(weights, rules.aligned, key)
 
 
 def _call_cell(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -182,38 +191,39 @@ def _call_model(self: Any, *args: Any, **kwargs: Any) -> Any:
 # The public rules.
 
 
+def _kernels(model: nnx.Module) -> Iterator[tuple[Path, Any]]:
+    """Path of every leaf that bears the name of a kernel, and the module that holds it."""
+    for path, module in nnx.iter_modules(model):
+        for name in BIASES:
+            leaf = getattr(module, name, None)
+            if isinstance(leaf, nnx.Param) and leaf.ndim >= 2:
+                yield (*map(str, path), name), module
+
+
+def _layers(model: nnx.Module) -> Iterator[tuple[Path, Any]]:
+    return ((path, module) for path, module in _kernels(model) if _is_layer(module))
+
+
 def _select(model: nnx.Module, where: Where) -> dict[Path, Any]:
     """Layers to change, by the path of their kernel."""
-    selected, by_hand = {}, []
-    for path, module in nnx.iter_modules(model):
-        for name, leaf in vars(module).items():
-            kernel = (*map(str, path), name)
-            if not (
-                isinstance(leaf, nnx.Param)
-                and name in ("kernel", "weight", "w")
-                and leaf.ndim >= 2
-                and (where is None or where(path_string(kernel)))
-            ):
-                continue
-            if not _is_layer(module):
-                by_hand.append(kernel)
-            elif isinstance(getattr(module, "feedback", None), nnx.Param):
-                raise ValueError(
-                    f"The feedback weights of {path_string(kernel)} are a Param, which the"
-                    " optimizer would train: make them FeedbackWeights."
-                )
-            else:
-                selected[kernel] = module
+    selected = {p: module for p, module in _kernels(model) if not where or where(path_string(p))}
+    by_hand = [path_string(path) for path, module in selected.items() if not _is_layer(module)]
     if by_hand:
         raise ValueError(
-            f"{', '.join(map(path_string, by_hand))}: the module multiplies by hand, where it"
-            " cannot be reached. Exclude it with `where`, or use a layer of flax.nnx."
+            f"{', '.join(by_hand)}: the module multiplies by hand, where it cannot be reached."
+            " Exclude it with `where`, or use a layer of flax.nnx."
         )
     if not selected:
         raise ValueError(
             "No layer was reached: the model has no Linear, LinearGeneral, Conv or ConvTranspose"
             " that `where` selects."
         )
+    for path, layer in selected.items():
+        if isinstance(getattr(layer, "feedback", None), nnx.Param):
+            raise ValueError(
+                f"The feedback weights of {path_string(path)} are a Param, which the optimizer"
+                " would train: make them FeedbackWeights."
+            )
     return selected
 
 
@@ -415,20 +425,22 @@ def direct_feedback_alignment(
       Nøkland, `Direct feedback alignment provides learning in deep neural networks
       <https://arxiv.org/abs/1609.01596>`_, 2016
     """
-    every, selected = _select(model, None), _select(model, where)
-    for path, layer in every.items():
+    selected, seen = _select(model, where), {}
+    for path, layer in _layers(model):
         _change(layer, path)
     graph, state = nnx.split(model)
-    seen: dict[Path, Any] = {}
-    with _set(_RECORD, seen):
-        logits = jax.eval_shape(lambda state, *x: nnx.merge(graph, state)(*x), state, *inputs)
-    *batch, classes = check_logits(logits).shape
-    first, *later = seen
-    del first  # nothing before the first layer learns
+
+    def record(state, *x):
+        with _set(_RECORD, seen), _set(_TAPS, Taps()):
+            return nnx.merge(graph, state)(*x)
+
+    *batch, classes = check_logits(jax.eval_shape(record, state, *inputs)).shape
+    _, *later = seen  # nothing before the first layer learns
     key = rngs.feedback()
     for number, path in enumerate(later):
         if path not in selected:
             continue
+        check_reach(path_string(path), seen[path].reached)
         layer, keyed = selected[path], jax.random.fold_in(key, number)
         shape = (math.prod(seen[path].shape[len(batch) :]), classes)
         weights = draw_feedback(initializer, keyed, shape, Axes((0,), (1,), ()), layer.kernel.dtype)

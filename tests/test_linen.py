@@ -430,12 +430,12 @@ def test_direct_feedback_cannot_reach_into_lifted_loops():
 
     model, x = Model(), normal(2, 3, 5)
     params = random_params(model, x)
-    with pytest.raises(ValueError, match="inside a lifted transform"):
+    with pytest.raises(ValueError, match="inside a transform within the model"):
         init_feedback(jax.random.key(0), model, params, x, direct=True)
     feedback = {"SimpleCell_0": {n: {"kernel": jnp.ones((6, 3))} for n in "ih"}}
     with (
         direct_feedback_alignment(feedback | {"Dense_0": {"kernel": jnp.ones((6, 3))}}),
-        pytest.raises(ValueError, match="inside a lifted transform"),
+        pytest.raises(ValueError, match="inside a transform within the model"),
     ):
         model.apply(params, x)
 

@@ -234,6 +234,13 @@ def test_direct_feedback():
     chex.assert_trees_all_equal(model(X), MLP()(X))
 
 
+def test_direct_feedback_missing():
+    model = direct_feedback_alignment(MLP(), nnx.Rngs(1), X)
+    del model.layers[0].feedback
+    with pytest.raises(ValueError, match="no feedback weights for layers/0/kernel"):
+        model(X)
+
+
 def test_wrong_feedback():
     model = feedback_alignment(MLP(), nnx.Rngs(1))
     model.first.feedback = FeedbackWeights(jnp.ones((2, 3)))
@@ -262,3 +269,29 @@ def test_direct_feedback_needs_one_array():
 
     with pytest.raises(ValueError, match="not tuple"):
         direct_feedback_alignment(Pair(), nnx.Rngs(1), X)
+
+
+def test_direct_feedback_cannot_reach_into_loops():
+    class Recurrent(nnx.Module):
+        def __init__(self):
+            rngs = nnx.Rngs(0)
+            self.einsum = nnx.Einsum("bti,io->bto", (5, 5), rngs=rngs)
+            self.rnn = nnx.RNN(nnx.SimpleCell(5, 6, rngs=rngs))
+            self.hidden = nnx.Linear(6, 4, rngs=rngs)
+            self.output = nnx.Linear(4, 3, rngs=rngs)
+
+        def __call__(self, x):
+            return self.output(nnx.relu(self.hidden(self.rnn(self.einsum(x))[:, -1])))
+
+    x = normal(2, 3, 5)
+    with pytest.raises(ValueError, match="inside a transform within the model"):
+        direct_feedback_alignment(
+            Recurrent(), nnx.Rngs(1), x, where=lambda path: "einsum" not in path
+        )
+    model = direct_feedback_alignment(
+        Recurrent(), nnx.Rngs(1), x, where=lambda path: path.startswith(("hidden", "output"))
+    )
+    assert model.hidden.feedback.shape == (6, 3)
+    assert model.output.feedback.shape == (4, 3)
+    grads = nnx.to_pure_dict(nnx.grad(loss)(model, x))
+    assert jnp.abs(grads["rnn"]["cell"]["dense_h"]["kernel"]).max() > 0
