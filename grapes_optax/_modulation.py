@@ -115,7 +115,7 @@ def modulate_error(
       >>> kernel = jnp.array([[1.0, -2.0, 0.0], [2.0, 2.0, 1.0]])
       >>> x = jnp.ones(2)
       >>> gradient = jax.grad(lambda x: modulate_error(x @ kernel, kernel).sum())
-      >>> print(gradient(x), (jnp.array([1.5, 2.0, 1.0]) * kernel).sum(1))
+      >>> print(gradient(x), kernel @ jnp.array([1.5, 2.0, 1.0]))  # the factors
       [-2.5  8. ] [-2.5  8. ]
 
     References:
