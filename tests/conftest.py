@@ -1,5 +1,10 @@
 """Eight CPU devices for the sharding tests; no silent promotion of ranks or types."""
 
+import os
+
+# Most of the time goes into compiling; what XLA does above the machine code stays as it is.
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
+
 import jax
 
 jax.config.update("jax_num_cpu_devices", 8)

@@ -55,7 +55,7 @@ def hidden(path):
 
 
 def gradients(model, x=X):
-    return nnx.to_pure_dict(nnx.grad(loss)(model, x))
+    return nnx.to_pure_dict(nnx.jit(nnx.grad(loss))(model, x))
 
 
 def assert_close(actual, desired):
