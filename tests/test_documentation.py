@@ -48,6 +48,15 @@ def test_table_of_the_demo_is_in_the_readme():
     assert rows == list(digits.methods(0.1))
 
 
+def test_tables_have_heads():
+    for page in PAGES:
+        for block in page.read_text().split("\n\n"):
+            rows = block.strip().splitlines()
+            if rows and rows[0].startswith("|"):
+                assert len(rows) > 2, f"{page.name}: {rows[0]}"
+                assert re.fullmatch(r"[|:\- ]+", rows[1]), f"{page.name}: {rows[0]}"
+
+
 def test_links_lead_somewhere():
     for page in PAGES:
         for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
