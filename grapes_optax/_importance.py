@@ -29,17 +29,22 @@ class DimensionNumbers(NamedTuple):
         one factor: a kernel and its bias, for instance. A member without fan-in
         axes (a bias) takes the factor and adds nothing to the importance. With
         ``None`` a leaf is a layer by itself.
+      gates: number of gates that lie one after the other on the last node axis, each
+        with a maximum of its own; all kernels of a group have the same. A bias as long
+        as one gate belongs to the last.
 
     Examples:
       >>> from grapes_optax import DimensionNumbers
       >>> DimensionNumbers()  # a Flax Dense kernel, (inputs, nodes)
-      DimensionNumbers(reduction_axis=0, output_axis=1, group=None)
+      DimensionNumbers(reduction_axis=0, output_axis=1, group=None, gates=1)
       >>> conv = DimensionNumbers(reduction_axis=(0, 1, 2), output_axis=3)
+      >>> lstm = DimensionNumbers(1, 0, group="cell", gates=4)  # four gates, nodes first
     """
 
     reduction_axis: int | Sequence[int] = 0
     output_axis: int | Sequence[int] = 1
     group: Hashable = None
+    gates: int = 1
 
 
 class Axes(NamedTuple):

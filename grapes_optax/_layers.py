@@ -5,6 +5,7 @@ added to it; all share one factor. This module turns a parameter tree and a desc
 of its leaves into a list of layers.
 """
 
+import math
 import re
 import warnings
 from collections.abc import Callable, Container, Hashable, Iterable, Iterator
@@ -50,6 +51,7 @@ class Member(NamedTuple):
     path: Path
     array: Any
     axes: Axes
+    gates: int
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -63,12 +65,16 @@ class Layer(NamedTuple):
     kernels: tuple[Member, ...]
     biases: tuple[Member, ...]
 
+    @property
+    def gates(self) -> int:
+        return self.kernels[0].gates
+
     def factor(self, options: Options) -> jax.Array:
         """Factor of every node: the kernels' importances are summed first."""
         return layer_factor(
             [kernel.array for kernel in self.kernels],
             [kernel.axes for kernel in self.kernels],
-            1,
+            self.gates,
             options,
         )
 
@@ -76,7 +82,10 @@ class Layer(NamedTuple):
         """Every member, and the factor in line with its axes."""
         factor = self.factor(options)
         for member in self.kernels + self.biases:
-            yield member, expand(factor.reshape(member.shape), member.axes)
+            one_gate = math.prod(member.shape) < factor.size
+            # A bias as long as one gate belongs to the last.
+            part = factor[..., -(factor.shape[-1] // self.gates) :] if one_gate else factor
+            yield member, expand(part.reshape(member.shape), member.axes)
 
 
 # Paths.
@@ -200,9 +209,9 @@ def by_path(where: Callable[[str], bool] | None = None) -> Callable[[optax.Param
       >>> params = {"hidden": layer(8, 5), "output": layer(5, 3)}
       >>> description = by_path(where=lambda path: not path.startswith("output"))(params)
       >>> description["hidden"]["kernel"]
-      DimensionNumbers(reduction_axis=(0,), output_axis=(1,), group='hidden/kernel')
+      DimensionNumbers(reduction_axis=(0,), output_axis=(1,), group='hidden/kernel', gates=1)
       >>> description["hidden"]["bias"]
-      DimensionNumbers(reduction_axis=(), output_axis=(0,), group='hidden/kernel')
+      DimensionNumbers(reduction_axis=(), output_axis=(0,), group='hidden/kernel', gates=1)
       >>> description["output"]
       {'bias': None, 'kernel': None}
     """
@@ -329,7 +338,8 @@ def _with_groups(
     for path, value in described.items():
         if path not in grouped and (path in alone or leaves[path].may_be_kernel):
             label = path_string(path) if group(path) is None else group(path)
-            grouped[path] = DimensionNumbers(value.reduction_axis, value.output_axis, label)
+            gates = getattr(value, "gates", 1)
+            grouped[path] = DimensionNumbers(value.reduction_axis, value.output_axis, label, gates)
     return grouped
 
 
@@ -348,7 +358,8 @@ def resolve_layers(params: optax.Params, dimension_numbers: Any) -> list[Layer]:
 
     groups: dict[Hashable, list[Member]] = {}
     for path, value in grouped.items():
-        member = Member(path, leaves[path].array, _resolve(leaves[path], value))
+        axes = _resolve(leaves[path], value)
+        member = Member(path, leaves[path].array, axes, value.gates)
         groups.setdefault(value.group, []).append(member)
 
     # A bias whose kernel is masked, or in another partition, has no importance.
@@ -362,8 +373,8 @@ def resolve_layers(params: optax.Params, dimension_numbers: Any) -> list[Layer]:
         kernels = tuple(member for member in members if member.axes.reduction)
         biases = tuple(member for member in members if not member.axes.reduction)
         if kernels:
-            _check_nodes(kernels + biases)
             layers.append(Layer(kernels, biases))
+            _check(layers[-1])
         elif label not in elsewhere:
             raise ValueError(
                 f"dimension_numbers of {path_string(members[0].path)} leave no fan-in: name a"
@@ -372,8 +383,32 @@ def resolve_layers(params: optax.Params, dimension_numbers: Any) -> list[Layer]:
     return layers
 
 
-def _check_nodes(members: tuple[Member, ...]) -> None:
-    nodes = {tuple(size for size in member.shape if size != 1) for member in members}
-    if len(nodes) > 1:
-        listed = ", ".join(f"{path_string(m.path)}: {m.shape}" for m in members)
-        raise ValueError(f"Leaves of one group must have the same stack and nodes, got {listed}.")
+def _check(layer: Layer) -> None:
+    def listed(members, what):
+        return ", ".join(f"{path_string(m.path)}: {getattr(m, what)}" for m in members)
+
+    gates = {kernel.gates for kernel in layer.kernels}
+    if len(gates) > 1:
+        raise ValueError(
+            "Kernels of one group must have the same number of gates, got"
+            f" {listed(layer.kernels, 'gates')}."
+        )
+    first, *others = layer.kernels + layer.biases
+    if not isinstance(first.gates, int) or first.gates < 1 or first.shape[-1] % first.gates:
+        raise ValueError(
+            f"{first.gates} gates do not divide the last node axis of {path_string(first.path)},"
+            f" of {first.shape[-1]} nodes."
+        )
+    *outer, last = first.shape
+    allowed = [first.shape, (*outer, last // first.gates)]
+    for member in others:
+        fits = allowed if member in layer.biases else allowed[:1]
+        if _without_ones(member.shape) not in map(_without_ones, fits):
+            raise ValueError(
+                "Leaves of one group must have the same stack and nodes, got"
+                f" {listed((first, *others), 'shape')}."
+            )
+
+
+def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(size for size in shape if size != 1)

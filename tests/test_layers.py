@@ -468,3 +468,44 @@ def test_descriptions_that_do_not_fit(description, error, message):
     for update in transformation.update, jax.jit(transformation.update):
         with pytest.raises(error, match=message):
             update(PARAMS, transformation.init(PARAMS), PARAMS)
+
+
+# Gates
+
+
+def test_every_gate_has_its_own_maximum_and_a_short_bias_belongs_to_the_last():
+    description = {
+        "w": DimensionNumbers(0, 1, "z", gates=3),
+        "u": DimensionNumbers(1, 0, "z", gates=3),
+        "b": DimensionNumbers((), 0, "z"),
+        "last": DimensionNumbers((), 0, "z"),
+    }
+    shapes = {"w": (5, 6), "u": (6, 2), "b": (6,), "last": (2,)}
+    params, updates, result = updated(
+        jax.tree.map(jnp.ones, shapes, is_leaf=lambda x: isinstance(x, tuple)), description
+    )
+    importance = np.abs(params["w"]).sum(0) + np.abs(params["u"]).sum(1)
+    factor = np.concatenate([reference.factor(s, 1) for s in np.split(importance, 3)])
+    np.testing.assert_allclose(result["w"], updates["w"] * factor, rtol=1e-6)
+    np.testing.assert_allclose(result["u"], updates["u"] * factor[:, None], rtol=1e-6)
+    np.testing.assert_allclose(result["b"], updates["b"] * factor, rtol=1e-6)
+    np.testing.assert_allclose(result["last"], updates["last"] * factor[4:], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("gates", "message"),
+    [
+        ((4, 4), "4 gates do not divide the last node axis of u, of 6 nodes"),
+        ((0, 0), "0 gates do not divide"),
+        ((1.5, 1.5), "1.5 gates do not divide"),
+        ((3, 2), "same number of gates, got u: 3, w: 2"),
+    ],
+)
+def test_gates_that_do_not_fit(gates, message):
+    params = {"u": jnp.ones((2, 6)), "w": jnp.ones((5, 6))}
+    description = {
+        name: DimensionNumbers(0, 1, "z", gates=count)
+        for name, count in zip(params, gates, strict=True)
+    }
+    with pytest.raises(ValueError, match=message):
+        scale_by_grapes(description).update(params, optax.EmptyState(), params)
