@@ -486,7 +486,7 @@ def test_every_gate_has_its_own_maximum_and_a_short_bias_belongs_to_the_last():
     )
     importance = np.abs(params["w"]).sum(0) + np.abs(params["u"]).sum(1)
     factor = np.concatenate([reference.factor(s, 1) for s in np.split(importance, 3)])
-    np.testing.assert_allclose(result["w"], updates["w"] * factor, rtol=1e-6)
+    np.testing.assert_allclose(result["w"], updates["w"] * factor[None], rtol=1e-6)
     np.testing.assert_allclose(result["u"], updates["u"] * factor[:, None], rtol=1e-6)
     np.testing.assert_allclose(result["b"], updates["b"] * factor, rtol=1e-6)
     np.testing.assert_allclose(result["last"], updates["last"] * factor[4:], rtol=1e-6)
