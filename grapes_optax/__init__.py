@@ -5,8 +5,8 @@ from grapes_optax._feedback import alignment as alignment
 from grapes_optax._importance import DimensionNumbers as DimensionNumbers
 from grapes_optax._importance import importance_factor as importance_factor
 from grapes_optax._importance import node_importance as node_importance
-from grapes_optax._layers import by_path as by_path
 from grapes_optax._modulation import modulate_error as modulate_error
+from grapes_optax._names import by_path as by_path
 from grapes_optax._optimizers import grapes_rmsprop as grapes_rmsprop
 from grapes_optax._optimizers import grapes_sgd as grapes_sgd
 from grapes_optax._summary import summary as summary

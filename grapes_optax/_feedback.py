@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import get_opaque_trace_state
 
-from grapes_optax._layers import path_string, tree_leaves
+from grapes_optax._tree import path_string, tree_leaves
 
 
 @jax.custom_jvp

@@ -8,7 +8,8 @@ import numpy as np
 import optax
 
 from grapes_optax._importance import Control, Normalization, Options
-from grapes_optax._layers import Layer, Member, path_string, resolve_layers, tree_leaves
+from grapes_optax._layers import Layer, Member, resolve_layers
+from grapes_optax._tree import path_string, tree_leaves
 
 _COLUMNS = ("path", "shape", "role", "fan-in", "nodes", "stack", "min", "mean", "max")
 _TEXT = 3  # so many columns are text, the others numbers

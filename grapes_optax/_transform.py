@@ -10,15 +10,9 @@ import numpy as np
 import optax
 
 from grapes_optax._importance import Axes, Control, Normalization, Options, layer_factor, scale
-from grapes_optax._layers import (
-    Member,
-    leaves_where,
-    path_names,
-    path_string,
-    resolve_layers,
-    tree_leaves,
-)
+from grapes_optax._layers import Member, resolve_layers
 from grapes_optax._modulation import is_propagated
+from grapes_optax._tree import leaves_where, path_names, path_string, tree_leaves
 
 
 def _check_form(member: Member, propagated: bool) -> None:

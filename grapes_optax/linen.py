@@ -19,7 +19,6 @@ from grapes_optax._backward import (
     draw_feedback,
     modulation,
 )
-from grapes_optax._conventions import CELLS, Cell
 from grapes_optax._feedback import Taps, check_feedback, check_logits, check_reach, check_rule
 from grapes_optax._importance import (
     Axes,
@@ -29,8 +28,9 @@ from grapes_optax._importance import (
     Options,
     fan_in_axes,
 )
-from grapes_optax._layers import Path, kernel_paths, path_string
 from grapes_optax._modulation import propagated_paths
+from grapes_optax._names import cells_of, kernel_paths
+from grapes_optax._tree import Path, path_string
 
 Where = Callable[[str], bool] | None
 
@@ -200,19 +200,22 @@ def _modulation(module: Any, path: Path, kernel: jax.Array, axes: Axes) -> Modul
     rule = _rule_for(_Propagated, path)
     if rule is None:
         return None
-    cell = CELLS["linen"].get(type(module.parent).__name__, Cell(()))
-    pair = next((pair for pair in cell.pairs if module.name in pair), (module.name,))
-    paths = [(*path[:-2], name, "kernel") for name in pair]
+    own, outer = path[-2:], path[:-2]
+    parent = _params(module.parent) if isinstance(module.parent, nn.RNNCellBase) else {}
+    shapes = {inner: _at(parent, inner).shape for inner in kernel_paths(parent)}
+    cell = cells_of(shapes).get(own)
+    gates = cell and cell.gates(axes)
+    summed = cell.paths if cell and gates else (own,)
     kernels = [kernel]
     if rule.importance is not None:
         source = rule.importance.get("params", rule.importance)
-        kernels = [_at(source, path) for path in paths]
+        kernels = [_at(source, (*outer, *inner)) for inner in summed]
         if any(other is None for other in kernels):
             raise ValueError(f"`importance` lacks {path_string(path)} or what is summed with it.")
-    elif len(pair) > 1:
-        kernels = [_at(_params(module.parent), path[len(path) - 2 :]) for path in paths]
-    carry = module.name in pair[1:]
-    return modulation(kernels, axes, cell.gates, carry and not rule.through_time, rule.options)
+    elif len(summed) > 1:
+        kernels = [_at(parent, inner) for inner in summed]
+    carry = own in summed[1:]
+    return modulation(kernels, axes, gates or 1, carry and not rule.through_time, rule.options)
 
 
 def _feedback(call: _Call, path: Path, kernel: jax.Array) -> Feedback | None:

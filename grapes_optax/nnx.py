@@ -19,7 +19,7 @@ from grapes_optax._backward import (
     draw_feedback,
     modulation,
 )
-from grapes_optax._conventions import BIASES, CELLS, Cell
+from grapes_optax._conventions import BIASES
 from grapes_optax._feedback import Taps, check_feedback, check_logits, check_reach, check_rule
 from grapes_optax._importance import (
     Axes,
@@ -29,7 +29,8 @@ from grapes_optax._importance import (
     Options,
     fan_in_axes,
 )
-from grapes_optax._layers import Path, path_string
+from grapes_optax._names import cells_of
+from grapes_optax._tree import Path, path_string
 
 Where = Callable[[str], bool] | None
 _Model = TypeVar("_Model", bound=nnx.Module)
@@ -288,17 +289,21 @@ def propagated(
       <https://doi.org/10.1038/s41467-022-29491-2>`_, 2022
     """
     options = Options(gain, bounds, normalization, control).checked()
-    cells = {}
-    for path, module in nnx.iter_modules(model):
-        name = type(module).__name__
-        if isinstance(module, nnx.RNNCellBase) and name in CELLS["nnx"]:
-            cells[tuple(map(str, path))] = CELLS["nnx"][name]
-            _exchange(module, _call_cell)
+    cells = cells_of({path: layer.kernel.shape for path, layer in _layers(model)})
+    holders = {
+        tuple(map(str, path)): module
+        for path, module in nnx.iter_modules(model)
+        if isinstance(module, nnx.RNNCellBase)
+    }
     for path, layer in _select(model, where).items():
-        cell, name = cells.get(path[:-2], Cell(())), path[-2] if len(path) > 1 else ""
-        pair = next((pair for pair in cell.pairs if name in pair), ())
-        own = name in pair[1:] and not through_time
-        _change(layer, path, options=options, pair=pair, gates=cell.gates, own=own)
+        cell, holder = cells.get(path), holders.get(path[:-2])
+        gates = cell and holder and cell.gates(_axes(layer))
+        summed = cell.paths if cell and gates else ()
+        if summed:
+            _exchange(holder, _call_cell)
+        own = path in summed[1:] and not through_time
+        pair = tuple(names[-2] for names in summed)
+        _change(layer, path, options=options, pair=pair, gates=gates or 1, own=own)
         layer.kernel.set_metadata(grapes_propagated=True)
     return model
 

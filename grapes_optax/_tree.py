@@ -1,0 +1,60 @@
+"""Leaves of a parameter tree: their paths, and the classes of their modules."""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Path = tuple[str, ...]
+
+
+class Leaf(NamedTuple):
+    """One leaf of the parameters."""
+
+    path: Path
+    array: Any
+    module: str  # class of the node that holds it: Equinox keeps its modules in the tree
+
+    @property
+    def ndim(self) -> int:
+        return np.ndim(self.array)
+
+    @property
+    def may_be_kernel(self) -> bool:
+        return self.ndim >= 2 and jnp.issubdtype(self.array.dtype, jnp.inexact)
+
+
+def path_names(keys: jax.tree_util.KeyPath) -> Path:
+    """Names along a key path, without the wrapper of a Flax variable."""
+    if keys and keys[-1] == jax.tree_util.GetAttrKey("value"):
+        keys = keys[:-1]
+    fields = ("key", "name", "idx")
+    return tuple(str(next(getattr(k, f) for f in fields if hasattr(k, f))) for k in keys)
+
+
+def path_string(path: Path) -> str:
+    return "/".join(path) or "(root)"
+
+
+def tree_leaves(tree: Any) -> Iterator[Leaf]:
+    """Leaves of a tree with their paths and the classes of their modules."""
+
+    def walk(node, keys, module):
+        for (*key,), child in jax.tree_util.tree_leaves_with_path(
+            node, is_leaf=lambda x: x is not node
+        ):
+            if not key:
+                yield Leaf(path_names(keys), node, module)
+            else:
+                wrapper = path_names((*keys, *key)) == path_names(keys)
+                yield from walk(child, (*keys, *key), module if wrapper else type(node).__name__)
+
+    yield from walk(tree, (), "")
+
+
+def leaves_where(tree: Any, condition: Callable[[Any], bool]) -> set[Path]:
+    """Paths of the nodes, leaves or not, that fulfil a condition."""
+    flat = jax.tree_util.tree_leaves_with_path(tree, is_leaf=condition)
+    return {path_names(keys) for keys, node in flat if condition(node)}
