@@ -41,6 +41,7 @@ class Member(NamedTuple):
 class Layer(NamedTuple):
     """The leaves of one pre-activation; biases are the members without fan-in."""
 
+    group: Hashable
     kernels: tuple[Member, ...]
     biases: tuple[Member, ...]
 
@@ -179,7 +180,7 @@ def resolve_layers(params: optax.Params, dimension_numbers: Any) -> list[Layer]:
         kernels = tuple(member for member in members if member.axes.reduction)
         biases = tuple(member for member in members if not member.axes.reduction)
         if kernels:
-            layers.append(Layer(kernels, biases))
+            layers.append(Layer(label, kernels, biases))
             _check(layers[-1])
         elif label not in elsewhere:
             raise ValueError(

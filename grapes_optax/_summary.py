@@ -11,8 +11,8 @@ from grapes_optax._importance import Control, Normalization, Options
 from grapes_optax._layers import Layer, Member, resolve_layers
 from grapes_optax._tree import path_string, tree_leaves
 
-_COLUMNS = ("path", "shape", "role", "fan-in", "nodes", "stack", "min", "mean", "max")
-_TEXT = 3  # so many columns are text, the others numbers
+_TEXT = "path", "shape", "role", "group"
+_NUMBERS = "fan-in", "nodes", "stack", "gates", "min", "mean", "max"
 
 
 def _statistics(layer: Layer, options: Options) -> list[str]:
@@ -47,9 +47,9 @@ def summary(
       control: as in :func:`scale_by_grapes`.
 
     Returns:
-      A table with one row a leaf: path, shape, role (kernel, the bias of which kernel,
-      left alone), fan-in, nodes, stacked layers, and minimum, mean and maximum of the
-      factors of its nodes.
+      A table with one row a leaf: path, shape, role (kernel, bias, left alone), group
+      (leaves of one group are one layer), fan-in, nodes, stacked layers, gates, and
+      minimum, mean and maximum of the factors of the layer's nodes.
 
     Raises:
       ValueError: as :func:`scale_by_grapes` and its ``update``.
@@ -61,31 +61,31 @@ def summary(
       >>> params = {"Dense_0": {"kernel": jnp.array([[1.0, -2.0, 0.0], [2.0, 2.0, 1.0]]),
       ...                       "bias": jnp.zeros(3)},
       ...           "LayerNorm_0": {"scale": jnp.ones(3)}}
-      >>> print(summary(params))
-      path               shape   role                    fan-in  nodes  stack    min   mean    max
-      Dense_0/bias       (3,)    bias of Dense_0/kernel              3         1.000  1.500  2.000
-      Dense_0/kernel     (2, 3)  kernel                       2      3         1.000  1.500  2.000
+      >>> print(summary(params))  # doctest: +ELLIPSIS
+      path               shape   role        group           fan-in  nodes ...
+      Dense_0/bias       (3,)    bias        Dense_0/kernel              3 ...
+      Dense_0/kernel     (2, 3)  kernel      Dense_0/kernel       2      3 ...
       LayerNorm_0/scale  (3,)    left alone
     """
     options = Options(gain, bounds, normalization, control).checked()
     cells = {}
     for layer in resolve_layers(params, dimension_numbers):
         statistics = _statistics(layer, options)
-        owners = " + ".join(path_string(kernel.path) for kernel in layer.kernels)
-        for members, role in (layer.kernels, "kernel"), (layer.biases, f"bias of {owners}"):
+        for members, role in (layer.kernels, "kernel"), (layer.biases, "bias"):
             for member in members:
-                cells[member.path] = [role, *_sizes(member), *statistics]
-    alone = ["left alone"] + [""] * (len(_COLUMNS) - _TEXT)
+                gates = str(layer.gates)
+                cells[member.path] = [role, str(layer.group), *_sizes(member), gates, *statistics]
+    alone = ["left alone", ""] + [""] * len(_NUMBERS)
     table = [
         [path_string(leaf.path), str(np.shape(leaf.array)), *cells.get(leaf.path, alone)]
         for leaf in tree_leaves(params)
     ]
-    return _aligned([list(_COLUMNS), *table])
+    return _aligned([[*_TEXT, *_NUMBERS], *table])
 
 
 def _aligned(table: list[list[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    adjust = [str.ljust] * _TEXT + [str.rjust] * (len(widths) - _TEXT)
+    adjust = [str.ljust] * len(_TEXT) + [str.rjust] * len(_NUMBERS)
     return "\n".join(
         "  ".join(f(cell, n) for f, cell, n in zip(adjust, row, widths, strict=True)).rstrip()
         for row in table

@@ -27,9 +27,11 @@ def test_roles_sizes_and_factors():
         "scalar": 1.0,
     }
     table = summary(params)
-    assert cells(table, "a/kernel") == ["kernel", "2", "3", "1.000", "1.500", "2.000"]
-    assert cells(table, "a/bias") == ["bias of a/kernel", "3", "1.000", "1.500", "2.000"]
-    assert cells(table, "Dense_1/kernel")[:4] == ["kernel", "2", "3", "2"]
+    factors = ["1.000", "1.500", "2.000"]
+    assert cells(table, "a/kernel") == ["kernel", "a/kernel", "2", "3", "1", *factors]
+    assert cells(table, "a/bias") == ["bias", "a/kernel", "3", "1", *factors]
+    stacked = ["kernel", "Dense_1/kernel", "2", "3", "2", "1"]
+    assert cells(table, "Dense_1/kernel")[:6] == stacked
     for path in "norm/scale", "norm/bias", "scalar":
         assert cells(table, path) == ["left alone"]
     assert len(rows(table)) == 6
@@ -37,18 +39,22 @@ def test_roles_sizes_and_factors():
 
 def test_options_and_groups():
     group = DimensionNumbers(0, 1, "z")
+    params = {"u": KERNEL, "v": KERNEL, "c": jnp.zeros(3)}
     table = summary(
-        {"u": KERNEL, "v": KERNEL, "c": jnp.zeros(3)},
-        {"u": group, "v": group, "c": DimensionNumbers((), 0, "z")},
-        bounds=None,
+        params, {"u": group, "v": group, "c": DimensionNumbers((), 0, "z")}, bounds=None
     )
     assert cells(table, "u")[-3:] == ["0.500", "1.333", "2.000"]
-    assert cells(table, "c")[0] == "bias of u + v"
+    assert cells(table, "c")[:2] == ["bias", "z"]
+
+
+def test_gates():
+    table = summary({"u": KERNEL}, {"u": DimensionNumbers(0, 1, "z", gates=3)})
+    assert cells(table, "u") == ["kernel", "z", "2", "3", "3", "2.000", "2.000", "2.000"]
 
 
 def test_shapes_without_values():
     params = {"kernel": jax.ShapeDtypeStruct((2, 3), jnp.float32)}
-    assert cells(summary(params), "kernel") == ["kernel", "2", "3"]
+    assert cells(summary(params), "kernel") == ["kernel", "kernel", "2", "3", "1"]
 
 
 def test_errors_are_those_of_the_transformation():

@@ -1,0 +1,246 @@
+"""Cells, stacks, evidence beside the names: what by_path reads, and what it leaves open."""
+
+import equinox as eqx
+import flax.linen as nn
+import haiku as hk
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+from flax import nnx
+
+from grapes_optax import DimensionNumbers, by_path, scale_by_grapes
+
+KEY = jax.random.key(0)
+
+
+@pytest.fixture(autouse=True)
+def _promotion_of_flax():
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+def factors(params, description=None):
+    """What becomes of updates of 1: the factor of every weight."""
+    ones = jax.tree.map(jnp.ones_like, params)
+    return scale_by_grapes(description).update(ones, (), params)[0]
+
+
+# The same cell, its gates in one kernel and in many
+
+RNG = np.random.default_rng(0)
+KERNELS = {gate: RNG.normal(size=(5, 7)) * RNG.gamma(1, size=7) for gate in "abcd"}
+CARRIES = {gate: RNG.normal(size=(7, 7)) * RNG.gamma(1, size=7) for gate in "abcd"}
+
+
+def fused(order, axis=1):
+    pair = [np.concatenate([part[gate] for gate in order], 1) for part in (KERNELS, CARRIES)]
+    return [jnp.asarray(kernel if axis else kernel.T, jnp.float32) for kernel in pair]
+
+
+def expected(order):
+    gates = [np.abs(KERNELS[gate]).sum(0) + np.abs(CARRIES[gate]).sum(0) for gate in order]
+    return np.concatenate([reference.factor(importance, 1) for importance in gates])
+
+
+def unfused_linen(kind):
+    def cell(*pairs):
+        leaves = {}
+        for gate, (read, carried) in zip("abcd", pairs, strict=False):
+            leaves[read] = {"kernel": jnp.asarray(KERNELS[gate], jnp.float32)}
+            leaves[carried] = {
+                "kernel": jnp.asarray(CARRIES[gate], jnp.float32),
+                "bias": jnp.zeros(7),
+            }
+        return leaves
+
+    return cell(*zip(*kind, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("read", "carried"),
+    [
+        (("i",), ("h",)),
+        (("ii", "if", "ig", "io"), ("hi", "hf", "hg", "ho")),
+        (("ii", "if_", "ig", "io"), ("hi", "hf", "hg", "ho")),
+        (("ir", "iz", "in"), ("hr", "hz", "hn")),
+        (("if", "in"), ("hf", "hn")),
+    ],
+)
+def test_unfused_cells(read, carried):
+    params = {"cell": unfused_linen((read, carried))}
+    result = factors(params)["cell"]
+    for gate, i, h in zip("abcd", read, carried, strict=False):
+        want = expected(gate)
+        np.testing.assert_allclose(result[i]["kernel"], np.tile(want, (5, 1)), rtol=1e-6)
+        np.testing.assert_allclose(result[h]["kernel"], np.tile(want, (7, 1)), rtol=1e-6)
+        np.testing.assert_allclose(result[h]["bias"], want, rtol=1e-6)
+
+
+@pytest.mark.parametrize("order", ["abcd", "abc", "ab"])
+def test_fused_cells_have_the_factors_of_unfused_ones(order):
+    nodes, want = 7 * len(order), expected(order)
+    read, carried = fused(order)
+    cells = {
+        "nnx": {
+            "dense_i": {"kernel": read},
+            "dense_h": {"kernel": carried, "bias": jnp.zeros(nodes)},
+        },
+        "haiku": {"w_i": read, "w_h": carried, "b": jnp.zeros(nodes)},
+        "equinox": {
+            "weight_ih": read.T,
+            "weight_hh": carried.T,
+            "bias": jnp.zeros(nodes),
+            "bias_n": jnp.zeros(7),
+        },
+    }
+    if order == "abcd":
+        cells["haiku/lstm/linear"] = {"w": jnp.concatenate([read, carried]), "b": jnp.zeros(nodes)}
+    for name, result in factors(cells).items():
+        for path, factor in jax.tree_util.tree_leaves_with_path(result):
+            matrix = np.atleast_2d(factor.T if name == "equinox" else factor)
+            own = want[-7:] if "bias_n" in jax.tree_util.keystr(path) else want
+            np.testing.assert_allclose(matrix, np.tile(own, (len(matrix), 1)), rtol=1e-6)
+
+
+def test_convolutional_cell():
+    cell, x = nn.ConvLSTMCell(7, (3, 3)), jnp.ones((2, 6, 6, 5))
+    params = jax.eval_shape(
+        lambda: cell.init(KEY, cell.initialize_carry(KEY, x.shape), x)["params"]
+    )
+    description = by_path()(params)
+    assert description["hh"]["kernel"] == DimensionNumbers((0, 1, 2), (3,), "ih/kernel", 4)
+    assert description["hh"]["bias"] == DimensionNumbers((), (0,), "ih/kernel")
+
+
+def test_stacked_cells():
+    keys = jax.random.split(KEY, 3)
+    cells = {
+        "equinox": eqx.filter_vmap(lambda key: eqx.nn.GRUCell(5, 7, key=key))(keys),
+        "nnx": nnx.to_pure_dict(
+            nnx.state(nnx.vmap(lambda key: nnx.LSTMCell(5, 7, rngs=nnx.Rngs(key)))(keys), nnx.Param)
+        ),
+    }
+    single = {
+        "equinox": eqx.nn.GRUCell(5, 7, key=keys[1]),
+        "nnx": nnx.to_pure_dict(nnx.state(nnx.LSTMCell(5, 7, rngs=nnx.Rngs(keys[1])), nnx.Param)),
+    }
+    got, want = factors(cells), factors(single)
+    for stacked, one in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(stacked[1], one, rtol=1e-6)
+
+
+def test_names_of_a_cell_without_its_shapes():
+    # The carry of 7 features cannot have 9 nodes: no cell, two layers.
+    params = {"i": {"kernel": jnp.ones((5, 9))}, "h": {"kernel": jnp.ones((7, 9))}}
+    described = by_path()(params)
+    assert described["i"]["kernel"] == DimensionNumbers((0,), (1,), "i/kernel")
+    assert described["h"]["kernel"] == DimensionNumbers((0,), (1,), "h/kernel")
+
+
+def test_an_excluded_member_leaves_its_group():
+    params = {"cell": unfused_linen((("i",), ("h",)))}
+    described = by_path(lambda path: path != "cell/i/kernel")(params)["cell"]
+    assert described["i"]["kernel"] is None
+    assert described["h"]["kernel"] == DimensionNumbers((0,), (1,), "cell/i/kernel")
+
+
+def test_a_user_describes_one_leaf_otherwise():
+    params = {"cell": unfused_linen((("i",), ("h",))), "Dense_0": {"kernel": jnp.ones((2, 3))}}
+    description = by_path()(params)
+    description["Dense_0"]["kernel"] = DimensionNumbers(1, 0)
+    description["cell"]["h"]["bias"] = None
+    result = factors(params, description)
+    np.testing.assert_allclose(result["cell"]["h"]["kernel"][0], expected("a"), rtol=1e-6)
+    assert (result["cell"]["h"]["bias"] == 1).all()
+    assert description["Dense_0"]["kernel"].group is None
+
+
+# What names and biases settle, and what they do not
+
+DENSE = {"kernel": (5, 7), "bias": (7,)}
+
+
+def shapes(tree):
+    return jax.tree.map(
+        lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32),
+        tree,
+        is_leaf=lambda x: isinstance(x, tuple),
+    )
+
+
+@pytest.mark.parametrize(
+    ("module", "leaves", "reduction", "output", "bias_output"),
+    [
+        ("x", {"kernel": (5, 3, 7), "bias": (7, 3)}, (0,), (2,), (0,)),  # nn.scan along axis 1
+        ("x", {"kernel": (3, 5, 7), "bias": (3, 7)}, (1,), (2,), (1,)),
+        ("x", {"kernel": (3, 2, 5, 7), "bias": (3, 7)}, (1, 2), (3,), (1,)),  # convolutions
+        ("x", {"kernel": (3, 2, 5, 7), "bias": (3, 2, 7)}, (2,), (3,), (2,)),  # ConvLocal
+        ("x", {"kernel": (3, 3, 7, 5), "bias": (7,)}, (0, 1, 3), (2,), (0,)),  # transposed
+        ("x", {"kernel": (3, 3, 7, 7), "bias": (7,)}, (0, 1, 2), (3,), (0,)),
+        ("x", {"kernel": (3, 3, 5, 7)}, (0, 1, 2), (3,), None),
+        ("conv1", {"kernel": (3, 5, 7)}, (0, 1), (2,), None),
+        ("Dense_3", {"kernel": (3, 5, 7)}, (1,), (2,), None),
+        ("Dense_3", {"kernel": (2, 3, 5, 7), "bias": (2, 3, 7)}, (2,), (3,), (2,)),
+        ("ConvLocal_0", {"kernel": (3, 5, 7)}, (1,), (2,), None),
+        ("linear_1", {"w": (3, 5, 7), "b": (3, 7)}, (1,), (2,), (1,)),
+        ("__layer_stack/conv2_d", {"w": (4, 3, 3, 5, 7)}, (1, 2, 3), (4,), None),
+    ],
+)
+def test_settled(module, leaves, reduction, output, bias_output):
+    described = by_path()(shapes({module: leaves}))[module]
+    kernel, *bias = (described[name] for name in leaves)
+    label = f"{module}/{next(iter(leaves))}"
+    assert kernel == DimensionNumbers(reduction, output, label)
+    if bias:
+        assert bias == [DimensionNumbers((), bias_output, label)]
+
+
+@pytest.mark.parametrize(
+    ("module", "leaves"),
+    [
+        ("x", {"kernel": (3, 5, 7)}),
+        ("query", {"kernel": (5, 3, 4)}),  # without `out` beside it, a stack as well
+        ("DenseGeneral_0", {"kernel": (5, 3, 4)}),
+        ("Einsum_0", {"kernel": (2, 5, 3, 4)}),
+        ("x", {"kernel": (3, 3, 7), "bias": (3, 7)}),
+        ("x", {"kernel": (5, 7), "bias": (3,)}),
+    ],
+)
+def test_open(module, leaves):
+    params = shapes({module: leaves, "Dense_0": DENSE})
+    with pytest.warns(UserWarning, match=rf"do not settle: {module}/kernel \(") as record:
+        described = by_path()(params)
+    assert len(record) == 1
+    assert set(described[module].values()) == {None}
+    assert described["Dense_0"]["kernel"] is not None
+
+
+def test_attention_is_known_by_its_parts():
+    heads = {name: {"kernel": (6, 3, 4)} for name in ("query", "key", "value")}
+    params = shapes({"attention": heads | {"out": {"kernel": (3, 4, 6)}}})
+    described = by_path()(params)["attention"]
+    assert described["key"]["kernel"] == DimensionNumbers((0,), (1, 2), "attention/key/kernel")
+    assert described["out"]["kernel"] == DimensionNumbers((0, 1), (2,), "attention/out/kernel")
+    stacked = jax.tree.map(lambda x: jax.ShapeDtypeStruct((9, *x.shape), x.dtype), params)
+    described = by_path()(stacked)["attention"]
+    assert described["key"]["kernel"] == DimensionNumbers((1,), (2, 3), "attention/key/kernel")
+    assert described["out"]["kernel"] == DimensionNumbers((1, 2), (3,), "attention/out/kernel")
+
+
+@pytest.mark.parametrize("make", [hk.LSTM, hk.GRU, hk.VanillaRNN])
+def test_haiku_under_another_name(make):
+    def network(x):
+        first, second = make(7), make(7)
+        hidden, _ = first(x, first.initial_state(2))
+        return second(hidden, second.initial_state(2))
+
+    params = jax.eval_shape(hk.transform(network).init, KEY, jnp.ones((2, 5)))
+    groups = {
+        d.group
+        for d in jax.tree.leaves(
+            by_path()(params), is_leaf=lambda x: isinstance(x, DimensionNumbers)
+        )
+    }
+    assert len(groups) == 2  # one layer each
