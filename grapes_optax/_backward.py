@@ -31,11 +31,9 @@ class Feedback(NamedTuple):
     key: jax.Array | None
 
 
-def modulation(
-    kernels: Sequence[jax.Array], axes: Axes, gates: int, own: bool, options: Options
-) -> Modulation:
+def modulation(kernels: Sequence[jax.Array], axes: Axes, own: bool, options: Options) -> Modulation:
     """Factors of a layer from all kernels, alike in layout, of its pre-activation."""
-    return Modulation(layer_factor(kernels, [axes] * len(kernels), gates, options), axes, own)
+    return Modulation(layer_factor(kernels, [axes] * len(kernels), options), axes, own)
 
 
 def call_layer(

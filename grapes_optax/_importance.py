@@ -53,6 +53,7 @@ class Axes(NamedTuple):
     reduction: tuple[int, ...]
     output: tuple[int, ...]
     stack: tuple[int, ...]
+    gates: int = 1
 
     @property
     def kept(self) -> tuple[int, ...]:
@@ -60,7 +61,12 @@ class Axes(NamedTuple):
 
     def shape(self, array: Any) -> tuple[int, ...]:
         """Shape of the importance: stack axes first, then node axes."""
-        return tuple(np.shape(array)[axis] for axis in self.kept)
+        shape = tuple(np.shape(array)[axis] for axis in self.kept)
+        if shape[-1] % self.gates:
+            raise ValueError(
+                f"{self.gates} gates do not divide the last node axis, of {shape[-1]} nodes."
+            )
+        return shape
 
 
 def resolve_axes(dimension_numbers: Any, ndim: int) -> Axes:
@@ -89,7 +95,10 @@ def resolve_axes(dimension_numbers: Any, ndim: int) -> Axes:
             " is fan-in, or nodes, or (named by neither) a stack of independent layers."
         )
     stack = tuple(axis for axis in range(ndim) if axis not in reduction + output)
-    return Axes(reduction, output, stack)
+    gates = getattr(dimension_numbers, "gates", 1)
+    if not isinstance(gates, int | np.integer) or gates < 1:
+        raise ValueError(f"gates must be a positive int, got {gates!r}.")
+    return Axes(reduction, output, stack, int(gates))
 
 
 def last_axis(kernel: Any) -> DimensionNumbers:
@@ -103,6 +112,7 @@ def fan_in_axes(kernel: Any, dimension_numbers: Any) -> Axes:
     )
     if not axes.reduction:
         raise ValueError("reduction_axis leaves no fan-in: name at least one axis to sum over.")
+    axes.shape(kernel)  # the gates divide it
     return axes
 
 
@@ -229,15 +239,13 @@ def factor_of(
     return jnp.moveaxis(factor, -1 - node_ndim, -2).reshape(shape) if gates > 1 else factor
 
 
-def layer_factor(
-    kernels: Sequence[jax.Array], axes: Sequence[Axes], gates: int, options: Options
-) -> jax.Array:
+def layer_factor(kernels: Sequence[jax.Array], axes: Sequence[Axes], options: Options) -> jax.Array:
     """Factor of the nodes of a layer whose kernels are summed into one pre-activation."""
     shape = axes[0].shape(kernels[0])
     sums = [incoming_sum(k, axes=a).reshape(shape) for k, a in zip(kernels, axes, strict=True)]
     wide = max((s.dtype for s in sums), key=lambda dtype: dtype.itemsize)
     importance = functools.reduce(jnp.add, (s.astype(wide) for s in sums))
-    return factor_of(importance, len(axes[0].output), gates, *options)
+    return factor_of(importance, len(axes[0].output), axes[0].gates, *options)
 
 
 def node_importance(kernel: jax.typing.ArrayLike, dimension_numbers: Any = None) -> jax.Array:
@@ -310,8 +318,8 @@ def importance_factor(
       whose weights are all zero.
 
     Raises:
-      ValueError: if the axes overlap, repeat, lie out of range or leave no fan-in,
-        or an option is not one of those above.
+      ValueError: if the axes overlap, repeat, lie out of range or leave no fan-in, if
+        the gates do not divide the nodes, or an option is not one of those above.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -332,4 +340,4 @@ def importance_factor(
     options = Options(gain, bounds, normalization, control).checked()
     kernel = jnp.asarray(kernel)
     axes = fan_in_axes(kernel, dimension_numbers)
-    return layer_factor([kernel], [axes], 1, options)
+    return layer_factor([kernel], [axes], options)

@@ -30,7 +30,6 @@ class Member(NamedTuple):
     path: Path
     array: Any
     axes: Axes
-    gates: int
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -47,14 +46,13 @@ class Layer(NamedTuple):
 
     @property
     def gates(self) -> int:
-        return self.kernels[0].gates
+        return self.kernels[0].axes.gates
 
     def factor(self, options: Options) -> jax.Array:
         """Factor of every node: the kernels' importances are summed first."""
         return layer_factor(
             [kernel.array for kernel in self.kernels],
             [kernel.axes for kernel in self.kernels],
-            self.gates,
             options,
         )
 
@@ -152,7 +150,9 @@ def _with_groups(
 
 def _resolve(leaf: Leaf, description: Any) -> Axes:
     try:
-        return resolve_axes(description, leaf.ndim)
+        axes = resolve_axes(description, leaf.ndim)
+        axes.shape(leaf.array)  # the gates divide it
+        return axes
     except (TypeError, ValueError) as error:
         raise type(error)(f"dimension_numbers of {path_string(leaf.path)}: {error}") from error
 
@@ -165,8 +165,7 @@ def resolve_layers(params: optax.Params, dimension_numbers: Any) -> list[Layer]:
 
     groups: dict[Hashable, list[Member]] = {}
     for path, value in grouped.items():
-        axes = _resolve(leaves[path], value)
-        member = Member(path, leaves[path].array, axes, value.gates)
+        member = Member(path, leaves[path].array, _resolve(leaves[path], value))
         groups.setdefault(value.group, []).append(member)
 
     # A bias whose kernel is masked, or in another partition, has no importance.
@@ -191,29 +190,18 @@ def resolve_layers(params: optax.Params, dimension_numbers: Any) -> list[Layer]:
 
 
 def _check(layer: Layer) -> None:
-    def listed(members, what):
-        return ", ".join(f"{path_string(m.path)}: {getattr(m, what)}" for m in members)
-
-    gates = {kernel.gates for kernel in layer.kernels}
-    if len(gates) > 1:
-        raise ValueError(
-            "Kernels of one group must have the same number of gates, got"
-            f" {listed(layer.kernels, 'gates')}."
-        )
     first, *others = layer.kernels + layer.biases
-    if not isinstance(first.gates, int) or first.gates < 1 or first.shape[-1] % first.gates:
-        raise ValueError(
-            f"{first.gates} gates do not divide the last node axis of {path_string(first.path)},"
-            f" of {first.shape[-1]} nodes."
-        )
+    gates = {path_string(kernel.path): kernel.axes.gates for kernel in layer.kernels}
+    if len(set(gates.values())) > 1:
+        raise ValueError(f"Kernels of one group must have the same number of gates, got {gates}.")
     *outer, last = first.shape
-    allowed = [first.shape, (*outer, last // first.gates)]
+    allowed = [first.shape, (*outer, last // layer.gates)]
     for member in others:
         fits = allowed if member in layer.biases else allowed[:1]
         if _without_ones(member.shape) not in map(_without_ones, fits):
+            shapes = {path_string(m.path): m.shape for m in (first, *others)}
             raise ValueError(
-                "Leaves of one group must have the same stack and nodes, got"
-                f" {listed((first, *others), 'shape')}."
+                f"Leaves of one group must have the same stack and nodes, got {shapes}."
             )
 
 

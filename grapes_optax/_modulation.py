@@ -70,7 +70,6 @@ def modulate_error(
     z: jax.Array,
     *kernels: jax.typing.ArrayLike,
     dimension_numbers: Any = None,
-    gates: int = 1,
     gain: jax.typing.ArrayLike = 2.0,
     bounds: tuple[float, float] | None = (1.0, 2.0),
     normalization: Normalization = "max",
@@ -93,9 +92,8 @@ def modulate_error(
       *kernels: all kernels that are summed into `z`, an input and a recurrent kernel
         for instance; their importances add up.
       dimension_numbers: a :class:`DimensionNumbers` for all kernels, or a sequence with
-        one for each; ``None`` is the convention of Flax, nodes on the last axis.
-      gates: number of gates that lie one after the other on the last axis of `z`; each
-        has a maximum of its own.
+        one for each; ``None`` is the convention of Flax, nodes on the last axis. The
+        pre-activation of a fused cell has gates, ``DimensionNumbers(gates=4)``.
       gain: as in :func:`importance_factor`, like the other options.
       bounds: as in :func:`importance_factor`.
       normalization: as in :func:`importance_factor`.
@@ -135,7 +133,8 @@ def modulate_error(
     shapes = [a.shape(array) for array, a in zip(arrays, axes, strict=True)]
     if any(shape != shapes[0] for shape in shapes):
         raise ValueError(f"Kernels summed into one z must have the same nodes, got {shapes}.")
-    if gates < 1 or shapes[0][-1] % gates:
-        raise ValueError(f"{gates} gates do not divide the last node axis, of {shapes[0][-1]}.")
-    factor = layer_factor(arrays, axes, gates, options)
+    gates = [a.gates for a in axes]
+    if any(count != gates[0] for count in gates):
+        raise ValueError(f"Kernels summed into one z must have the same gates, got {gates}.")
+    factor = layer_factor(arrays, axes, options)
     return scale_tangent(z, align(factor, len(axes[0].output), z))

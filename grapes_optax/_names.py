@@ -34,7 +34,7 @@ def bias_of(kernel: Leaf, leaves: Leaves) -> Leaf | None:
     return leaves.get((*kernel.path[:-1], name)) if name else None
 
 
-def bias_axes(bias: Leaf, kernel: Leaf, axes: Axes, gates: int = 1) -> Axes | None:
+def bias_axes(bias: Leaf, kernel: Leaf, axes: Axes) -> Axes | None:
     """Axes of the bias of a kernel laid out by `axes`; None where it has another shape.
 
     It has the node axes of its kernel, or of its last gate, with the stack axes where the
@@ -44,7 +44,7 @@ def bias_axes(bias: Leaf, kernel: Leaf, axes: Axes, gates: int = 1) -> Axes | No
     for axis in axes.stack:
         kept.insert(axis, axis)  # as nn.scan does: at the end where the bias is too short
     ones = tuple(range(len(kept), bias.ndim))
-    for share in 1, gates:
+    for share in 1, axes.gates:
         sizes = {axis: np.shape(kernel.array)[axis] for axis in kept}
         sizes[axes.output[-1]] //= share
         if np.shape(bias.array) == (*sizes.values(), *(1 for _ in ones)):
@@ -94,7 +94,6 @@ def cells_of(shapes: Mapping[Path, Sequence[int]]) -> dict[Path, Cell]:
 
 class _Reading(NamedTuple):
     axes: Axes
-    gates: int
     group: Path
 
 
@@ -109,7 +108,7 @@ def _axes(row: Convention, ndim: int) -> Axes | None:
     rest = tuple(axis for axis in range(ndim) if axis not in output + reduction + stack)
     reduction, stack = (reduction, rest) if row.reduction else (rest, stack)
     distinct = len(set(output + reduction + stack)) == len(output + reduction + stack)
-    return Axes(reduction, output, stack) if reduction and distinct else None
+    return Axes(reduction, output, stack, row.gates) if reduction and distinct else None
 
 
 def _has_beside(kernel: Leaf, beside: Beside | None, leaves: Leaves) -> bool:
@@ -144,10 +143,10 @@ def _readings(kernel: Leaf, leaves: Leaves, cell: Cell | None) -> list[_Reading]
         if axes is None or np.shape(kernel.array)[axes.output[-1]] % row.gates:
             continue
         gates = cell and cell.gates(axes)
-        reading = _Reading(axes, row.gates, kernel.path)
+        reading = _Reading(axes, kernel.path)
         if cell and gates:
-            reading = _Reading(axes, gates, cell.paths[0])
-        if bias is None or bias_axes(bias, kernel, axes, reading.gates):
+            reading = _Reading(axes._replace(gates=gates), cell.paths[0])
+        if bias is None or bias_axes(bias, kernel, reading.axes):
             if not row.with_bias:
                 return settled_by_bias or [reading]
             settled_by_bias.append(reading)
@@ -203,10 +202,12 @@ def by_path(where: Callable[[str], bool] | None = None) -> Callable[[optax.Param
             elif len(readings) != 1:
                 unclear.append(kernel)
             else:
-                axes, gates, group = readings[0]
+                axes, group = readings[0]
                 label, bias = path_string(group), bias_of(kernel, leaves)
-                described[kernel.path] = DimensionNumbers(axes.reduction, axes.output, label, gates)
-                along = bias and bias_axes(bias, kernel, axes, gates)
+                described[kernel.path] = DimensionNumbers(
+                    axes.reduction, axes.output, label, axes.gates
+                )
+                along = bias and bias_axes(bias, kernel, axes)
                 if bias and along and (where is None or where(path_string(bias.path))):
                     described[bias.path] = DimensionNumbers((), along.output, label)
         if unclear:

@@ -24,7 +24,9 @@ def _statistics(layer: Layer, options: Options) -> list[str]:
 
 def _sizes(member: Member) -> list[str]:
     shape = np.shape(member.array)
-    return [str(math.prod(shape[axis] for axis in axes)) if axes else "" for axes in member.axes]
+    return [
+        str(math.prod(shape[axis] for axis in axes)) if axes else "" for axes in member.axes[:3]
+    ]
 
 
 def summary(

@@ -210,7 +210,7 @@ def scale_by_outgoing_importance(
                 f" there are {', '.join(kernels) or 'none'}."
             )
         outgoing = Axes(reduction=(1,), output=(0,), stack=())
-        factors = [layer_factor([kernel], [outgoing], 1, options) for kernel in chain[:-1]]
+        factors = [layer_factor([kernel], [outgoing], options) for kernel in chain[:-1]]
         factors.append(jnp.ones(chain[-1].shape[0], factors[0].dtype))
         products = {
             path: factors[i + 1][:, None] * factors[i + 2][None]

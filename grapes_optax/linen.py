@@ -215,7 +215,8 @@ def _modulation(module: Any, path: Path, kernel: jax.Array, axes: Axes) -> Modul
     elif len(summed) > 1:
         kernels = [_at(parent, inner) for inner in summed]
     carry = own in summed[1:]
-    return modulation(kernels, axes, gates or 1, carry and not rule.through_time, rule.options)
+    axes = axes._replace(gates=gates or 1)
+    return modulation(kernels, axes, carry and not rule.through_time, rule.options)
 
 
 def _feedback(call: _Call, path: Path, kernel: jax.Array) -> Feedback | None:

@@ -156,7 +156,8 @@ def _modulation(layer: Any, rules: _Rules) -> Modulation | None:
     else:
         layers = [getattr(cell, name) for name in rules.pair] or [layer]
         kernels = [one.kernel[...] for one in layers]
-    return modulation(kernels, _axes(layer), rules.gates, rules.own, rules.options)
+    axes = _axes(layer)._replace(gates=rules.gates)
+    return modulation(kernels, axes, rules.own, rules.options)
 
 
 def _item(tree: Any, name: str) -> Any:

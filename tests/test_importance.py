@@ -226,3 +226,11 @@ def test_stack_slices_are_independent(kernel, scale, axis):
     )
     chex.assert_trees_all_equal(first[0], second[0])
     chex.assert_trees_all_close(first[0], importance_factor(kernel, bounds=None), rtol=1e-6)
+
+
+def test_factor_of_a_kernel_with_gates():
+    kernel = jnp.array([[1.0, 2.0, 3.0, 12.0]])
+    factor = importance_factor(kernel, DimensionNumbers(gates=2), bounds=None)
+    np.testing.assert_allclose(factor, [1, 2, 0.5, 2], rtol=1e-6)
+    with pytest.raises(ValueError, match="3 gates do not divide the last node axis, of 4 nodes"):
+        importance_factor(kernel, DimensionNumbers(gates=3))

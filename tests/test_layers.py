@@ -460,7 +460,7 @@ def test_members_of_a_group_may_differ_in_type():
         (
             jax.tree.map(lambda x: DimensionNumbers(0, -1, "g") if x.ndim > 1 else None, PARAMS),
             ValueError,
-            r"one group .* got hidden/kernel: \(7,\), output/kernel: \(3,\)",
+            r"one group .* got {'hidden/kernel': \(7,\), 'output/kernel': \(3,\)}",
         ),
     ],
 )
@@ -496,10 +496,10 @@ def test_every_gate_has_its_own_maximum_and_a_short_bias_belongs_to_the_last():
 @pytest.mark.parametrize(
     ("gates", "message"),
     [
-        ((4, 4), "4 gates do not divide the last node axis of u, of 6 nodes"),
-        ((0, 0), "0 gates do not divide"),
-        ((1.5, 1.5), "1.5 gates do not divide"),
-        ((3, 2), "same number of gates, got u: 3, w: 2"),
+        ((4, 4), "of u: 4 gates do not divide the last node axis, of 6 nodes"),
+        ((0, 0), "of u: gates must be a positive int, got 0"),
+        ((1.5, 1.5), "gates must be a positive int, got 1.5"),
+        ((3, 2), "same number of gates, got {'u': 3, 'w': 2}"),
     ],
 )
 def test_gates_that_do_not_fit(gates, message):

@@ -59,7 +59,8 @@ def test_kernels_of_one_pre_activation_and_their_gates():
     kernel, recurrent = normal(5, 12), normal(3, 12)
     sums = np.abs(kernel).sum(0) + np.abs(recurrent).sum(0)
     expected = reference.factor(sums.reshape(4, 3), 1).ravel()
-    actual = cotangent(normal(2, 12), kernel, recurrent, gates=4)
+    gated = DimensionNumbers(gates=4)
+    actual = cotangent(normal(2, 12), kernel, recurrent, dimension_numbers=gated)
     np.testing.assert_allclose(actual[0], expected, rtol=2e-6)
     # A gate alone has the same factors: fused and unfused cells agree.
     alone = cotangent(normal(2, 3), kernel[:, 3:6], recurrent[:, 3:6])
@@ -72,7 +73,8 @@ def test_kernels_of_one_pre_activation_and_their_gates():
 def test_gates_of_several_node_axes():
     kernel = normal(5, 2, 6)
     numbers = DimensionNumbers(0, (1, 2))
-    actual = cotangent(normal(4, 2, 6), kernel, dimension_numbers=numbers, gates=3)
+    gated = numbers._replace(gates=3)
+    actual = cotangent(normal(4, 2, 6), kernel, dimension_numbers=gated)
     for gate in range(3):
         part = slice(2 * gate, 2 * gate + 2)
         alone = cotangent(normal(4, 2, 2), kernel[..., part], dimension_numbers=numbers)
@@ -98,8 +100,24 @@ def test_no_gradient_to_the_kernel():
         ((), [(5, 7)], {}, "do not match"),
         ((4, 7), [], {}, "needs the kernels"),
         ((4, 7), [(5, 7), (7, 5)], {}, r"same nodes, got \[\(7,\), \(5,\)\]"),
-        ((4, 7), [(5, 7)], {"gates": 2}, "2 gates do not divide the last node axis, of 7"),
-        ((4, 7), [(5, 7)], {"gates": 0}, "0 gates do not"),
+        (
+            (4, 7),
+            [(5, 7)],
+            {"dimension_numbers": DimensionNumbers(gates=2)},
+            "2 gates do not divide the last node axis, of 7 nodes",
+        ),
+        (
+            (4, 7),
+            [(5, 7)],
+            {"dimension_numbers": DimensionNumbers(gates=0)},
+            "gates must be a positive int, got 0",
+        ),
+        (
+            (4, 6),
+            [(5, 6), (5, 6)],
+            {"dimension_numbers": [DimensionNumbers(gates=2), DimensionNumbers(gates=3)]},
+            r"same gates, got \[2, 3\]",
+        ),
         ((4, 7), [(5, 7)], {"dimension_numbers": []}, "1 kernels have 0"),
         ((4, 7), [(7,)], {}, "no fan-in"),
         ((4, 7), [(5, 7)], {"control": "x"}, "Unknown control"),
