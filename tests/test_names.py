@@ -15,10 +15,7 @@ from grapes_optax import DimensionNumbers, by_path, scale_by_grapes
 KEY = jax.random.key(0)
 
 
-@pytest.fixture(autouse=True)
-def _promotion_of_flax():
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
+pytestmark = pytest.mark.usefixtures("promotion_of_frameworks")
 
 
 def factors(params, description=None):

@@ -22,10 +22,7 @@ from grapes_optax.nnx import (
 RNG = np.random.default_rng(0)
 
 
-@pytest.fixture(autouse=True)
-def _promotion_of_flax():
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
+pytestmark = pytest.mark.usefixtures("promotion_of_frameworks")
 
 
 def normal(*shape):

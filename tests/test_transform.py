@@ -28,10 +28,7 @@ GRADS = {"hidden": layer(5, 7), "output": layer(7, 3)}
 HIDDEN = by_path(where=lambda path: path.startswith("hidden"))
 
 
-@pytest.fixture(autouse=True)
-def _promotion_of_optax():
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
+pytestmark = pytest.mark.usefixtures("promotion_of_frameworks")
 
 
 def modulated(grads, params, layers=("hidden", "output"), **options):
