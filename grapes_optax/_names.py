@@ -94,7 +94,7 @@ def cells_of(shapes: Mapping[Path, Sequence[int]]) -> dict[Path, Cell]:
 
 class _Reading(NamedTuple):
     axes: Axes
-    group: Path
+    group: tuple[Path, ...]  # kernels that share the importance
 
 
 def _axes(row: Convention, ndim: int) -> Axes | None:
@@ -143,9 +143,9 @@ def _readings(kernel: Leaf, leaves: Leaves, cell: Cell | None) -> list[_Reading]
         if axes is None or np.shape(kernel.array)[axes.output[-1]] % row.gates:
             continue
         gates = cell and cell.gates(axes)
-        reading = _Reading(axes, kernel.path)
+        reading = _Reading(axes, (kernel.path,))
         if cell and gates:
-            reading = _Reading(axes._replace(gates=gates), cell.paths[0])
+            reading = _Reading(axes._replace(gates=gates), cell.paths)
         if bias is None or bias_axes(bias, kernel, reading.axes):
             if not row.with_bias:
                 return settled_by_bias or [reading]
@@ -190,6 +190,7 @@ def by_path(where: Callable[[str], bool] | None = None) -> Callable[[optax.Param
     def describe(params: optax.Params) -> Any:
         leaves = {leaf.path: leaf for leaf in tree_leaves(params)}
         kernels = [leaf for leaf in leaves.values() if _has_name_of_kernel(leaf)]
+        places = {leaf.path: place for place, leaf in enumerate(kernels)}
         cells = cells_of({leaf.path: np.shape(leaf.array) for leaf in kernels})
         described: dict[Path, DimensionNumbers] = {}
         unclear, excluded = [], []
@@ -203,7 +204,8 @@ def by_path(where: Callable[[str], bool] | None = None) -> Callable[[optax.Param
                 unclear.append(kernel)
             else:
                 axes, group = readings[0]
-                label, bias = path_string(group), bias_of(kernel, leaves)
+                label = path_string(min(group, key=places.__getitem__))
+                bias = bias_of(kernel, leaves)
                 described[kernel.path] = DimensionNumbers(
                     axes.reduction, axes.output, label, axes.gates
                 )

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import reference
 from flax import nnx
+from test_program import CASES, assert_layers
 
 from grapes_optax import DimensionNumbers, by_path, scale_by_grapes
 
@@ -107,8 +108,8 @@ def test_convolutional_cell():
         lambda: cell.init(KEY, cell.initialize_carry(KEY, x.shape), x)["params"]
     )
     description = by_path()(params)
-    assert description["hh"]["kernel"] == DimensionNumbers((0, 1, 2), (3,), "ih/kernel", 4)
-    assert description["hh"]["bias"] == DimensionNumbers((), (0,), "ih/kernel")
+    assert description["hh"]["kernel"] == DimensionNumbers((0, 1, 2), (3,), "hh/kernel", 4)
+    assert description["hh"]["bias"] == DimensionNumbers((), (0,), "hh/kernel")
 
 
 def test_stacked_cells():
@@ -140,7 +141,7 @@ def test_an_excluded_member_leaves_its_group():
     params = {"cell": unfused_linen((("i",), ("h",)))}
     described = by_path(lambda path: path != "cell/i/kernel")(params)["cell"]
     assert described["i"]["kernel"] is None
-    assert described["h"]["kernel"] == DimensionNumbers((0,), (1,), "cell/i/kernel")
+    assert described["h"]["kernel"] == DimensionNumbers((0,), (1,), "cell/h/kernel")
 
 
 def test_a_user_describes_one_leaf_otherwise():
@@ -241,3 +242,45 @@ def test_haiku_under_another_name(make):
         )
     }
     assert len(groups) == 2  # one layer each
+
+
+# Names and program agree, however differently they look
+
+NOT_BY_NAME = {
+    "cell: ": "no names",
+    "stack: ensemble": "read from the program without a hint",
+    "recurrent: haiku LSTM": "read from the program without a hint",
+    "model: PaLM": "parallel branches, summed",
+    "model: Inception": "parallel branches, summed",
+    **dict.fromkeys(
+        [
+            "model: einsum",
+            "model: mixer",
+            "model: graph",
+            "model: siamese",
+            "model: cond",
+            "model: changed weights",
+            "model: style",
+            "model: perceiver",
+            "model: tokens added to a pre-activation",
+            "model: no input",
+            "model: a bare array",
+        ],
+        "no names",
+    ),
+}
+BY_NAME = [name for name in CASES if not name.startswith(tuple(NOT_BY_NAME))]
+
+
+@pytest.mark.filterwarnings("ignore:GRAPES modulates nothing")  # an Embed alone
+@pytest.mark.parametrize("name", BY_NAME)
+def test_names_and_program_agree(name):
+    case = CASES[name]
+    _, params, _ = case.make()
+    assert_layers(by_path(case.options.get("where"))(params), case.layers)
+
+
+def test_how_many_agree():
+    assert len(BY_NAME) >= 90
+    for exception in NOT_BY_NAME:
+        assert any(name.startswith(exception) for name in CASES), exception
