@@ -544,7 +544,10 @@ def _unknown(
     if reader.from_input(op.outputs):
         if op.name not in MIXING:
             reader.report_lost(lost)
-        lost = frozenset()
+        # Weights alone may yet make a kernel: a mean plus a deviation times noise.
+        weights = [value.leaf for value in operands if isinstance(value, Weight)]
+        together = len(weights) == len(operands) > 1
+        lost = frozenset((leaf, reason) for leaf in weights if together)
     return [Data(lost=lost)] * len(op.outputs)
 
 
@@ -1107,7 +1110,7 @@ def _described(
             continue
         group = Group(reader, kernels, biases)
         group.take_stack({leaf: stack[leaf] for leaf in group.kept if leaf in stack})
-        if not group.outputs():
+        if any(group.kept[kernel].keys() <= group.stack for kernel in kernels):
             reader.report(kernels, "no axis of nodes")
             continue
         group.take_gates({leaf: gates[leaf] for leaf in group.kernels if leaf in gates})

@@ -289,7 +289,10 @@ def propagated(
       where: predicate on the path of a kernel, ``"Dense_0/kernel"`` for instance; the
         output layer should be excluded. ``None`` selects all.
       through_time: whether factors travel through the carry of recurrent cells, and
-        compound with every step. Expect gradients to explode.
+        compound with every step: at initialisation the gradient of a vanilla cell is then
+        3.3 times the plain one after 5 steps, 50 times after 20 and 83,000 times after 50,
+        against 1.76 throughout without, and a recurrent spiking network on digits ends at
+        84 % instead of 95 (``docs/spiking.md`` has the measurements).
       importance: parameters from which the importance is read, if not those of the model
         (the authors read it, for feedback alignment under Nesterov's momentum, at the
         weights, and take the gradient at the look-ahead weights).

@@ -740,6 +740,12 @@ def fixed_point(p, x):
     return lax.while_loop(lambda carry: carry[2] > 1e-3, step, carry)[1]
 
 
+def gates_put_together(p, x, h):
+    z = x @ jnp.concatenate([p["w1"], p["w2"]], 1) + h @ jnp.concatenate([p["u1"], p["u2"]], 1)
+    first, last = jnp.split(z, 2, 1)
+    return jnp.tanh(first) * jnp.tanh(last + p["b"])
+
+
 def concatenated(p, x, h):
     return jnp.concatenate([x, h], -1) @ jnp.concatenate([p["w"], p["u"]]) + p["b"]
 
@@ -789,6 +795,20 @@ CELLS = {
     "weights in the carry": Case(plain(weights_carried, CELL, array(2, 5)), [SUM]),
     "weights in the carry of while_loop": Case(plain(fixed_point, CELL, array(2, 5)), [SUM]),
     "kernels put together along the fan-in": Case(plain(concatenated, CELL, *STEP), [SUM]),
+    "kernels put together along the nodes": Case(
+        plain(
+            gates_put_together,
+            {
+                "w1": array(5, 7),
+                "w2": array(5, 7),
+                "u1": array(7, 7),
+                "u2": array(7, 7),
+                "b": array(7),
+            },
+            *STEP,
+        ),
+        [Layer({"w1": (0, 1), "u1": (0, 1)}), Layer({"w2": (0, 1), "u2": (0, 1)}, {"b": 0})],
+    ),
     "sum that broadcasts": Case(plain(mixed_context, CELL, array(2, 5), array(2, 4, 7)), [SUM]),
 }
 
@@ -1128,6 +1148,46 @@ MODELS = {
         ),
         [one("w", bias="b"), one("v", bias=None)],
     ),
+    "a value for all nodes": Case(
+        plain(
+            lambda p, x: (x @ p["value"]) + (x @ p["w"]) + p["offset"],
+            {"value": array(5, 1), "w": array(5, 7), "offset": array()},
+            array(2, 5),
+        ),
+        [one("value", bias=None), one("w", bias=None)],
+    ),
+    "a negative": Case(
+        plain(
+            lambda p, x: 1 / jnp.maximum(p["b"] - x @ p["w"], 1 / (x @ p["v"])),
+            {"w": array(5, 7), "v": array(5, 7), "b": array(7)},
+            array(2, 5),
+        ),
+        [one("w", bias=None), one("v", bias=None)],
+    ),
+    "every second node": Case(
+        plain(
+            lambda p, x: (-(x @ p["w"]) + p["b"])[:, ::2] + p["c"],
+            {"w": array(5, 7), "b": array(7), "c": array(4)},
+            array(2, 5),
+        ),
+        [one("w", bias="b")],
+    ),
+    "an empty batch": Case(
+        plain(
+            lambda p, x: (x @ p["w"]).reshape(0, 7, 1) + p["b"],
+            {"w": array(5, 7), "b": array(1)},
+            array(0, 5),
+        ),
+        [one("w", bias=None)],
+    ),
+    "tables mapped over": Case(
+        plain(
+            jax.vmap(lambda table, token: table[token]),
+            array(3, 11, 4),
+            array(3, 2, dtype=jnp.int32),
+        ),
+        [],
+    ),
     "a bare array": Case(plain(lambda w, x: x @ w, array(5, 7), array(2, 5)), [one("", bias=None)]),
 }
 
@@ -1282,6 +1342,11 @@ UNSETTLED = {
         r"a \(5, 2\): multiplied by another parameter; b \(2, 7\): multiplied by",
     ),
     "combined": (lambda p, x: x @ (p["w"] * p["v"]), TREE, r"v \(5, 7\): goes through mul; w"),
+    "noisy": (
+        lambda p, x: x @ (p["w"] + jnp.exp(p["v"]) * jnp.outer(x[0], jnp.arange(7.0))),
+        TREE,
+        r"v \(5, 7\): goes through add; w \(5, 7\): goes through add",
+    ),
     "fft": (lambda p, x: x @ jnp.fft.fft(p["w"]).real, {"w": array(5, 7)}, "goes through fft"),
     "cumsum": (lambda p, x: x @ jnp.cumsum(p["w"], 0), {"w": array(5, 7)}, "through cumsum"),
     "sort": (lambda p, x: x @ jnp.sort(p["w"], 0), {"w": array(5, 7)}, "through sort"),
@@ -1326,6 +1391,34 @@ UNSETTLED = {
         {"w": array(5, 7), "b": array(7)},
         r"b \(7,\): not used; w \(5, 7\): not used",
     ),
+    "an axis split": (
+        lambda p, x: jnp.einsum("bi,hij->bhj", x, p["w"].reshape(2, 5, 3)),
+        {"w": array(10, 3)},
+        "an axis is fan-in and something else as well",
+    ),
+    "put together anew": (
+        lambda p, x: x @ jnp.concatenate([p["w"][:, 3:], p["w"][:, :3]], 1),
+        {"w": array(5, 7)},
+        "taken apart and put together anew",
+    ),
+    "summed with kernels put together": (
+        lambda p, x: x @ jnp.concatenate([p["w"], p["v"]], 1) + x @ p["u"],
+        TREE | {"u": array(5, 14)},
+        "u .*: summed with other nodes of another kernel; v .*; w",
+    ),
+    "stacks in different orders": (
+        lambda p, x: (
+            jnp.einsum("xybi,xyij->xybj", jnp.broadcast_to(x, (2, 3, 2, 5)), p["w"])
+            + jnp.einsum("xybi,yxij->xybj", jnp.broadcast_to(x, (2, 3, 2, 5)), p["v"])
+        ),
+        {"w": array(2, 3, 5, 7), "v": array(3, 2, 5, 7)},
+        "v .*: summed with kernels whose axes do not correspond; w",
+    ),
+    "stack and nodes": (
+        lambda p, x: x[0] @ p["w"] + jnp.einsum("ei,eio->eo", x, p["v"])[:, 0],
+        {"w": array(5, 2), "v": array(2, 5, 1)},
+        "v .*: no axis of nodes; w .*: no axis of nodes",
+    ),
     "broadcast to the inputs": (
         lambda p, x: lax.conv(x[None], jnp.broadcast_to(p["w"], (6, 2, 3)), (1,), "SAME"),
         {"w": array(6, 1, 3)},
@@ -1364,6 +1457,21 @@ UNSETTLED_BIASES = {
         lambda p, x: jnp.einsum("lbi,lij->lbj", x, p["w"]) + p["b"],
         {"w": array(2, 5, 7), "b": array(7)},
         r"b \(7,\): added to nodes that are not its own",
+    ),
+    "of several kernels": (
+        lambda p, x: x @ jnp.concatenate([p["w"], p["v"]], 1) + p["b"],
+        {"w": array(5, 7), "v": array(5, 7), "b": array(14)},
+        r"b \(14,\): added to several kernels at once",
+    ),
+    "of another entry": (
+        lambda p, x: x @ p["w"][0] + p["b"][1],
+        {"w": array(3, 5, 7), "b": array(3, 7)},
+        r"b \(3, 7\): added to nodes that are not its own",
+    ),
+    "of a part that is not one gate": (
+        lambda p, x: jnp.tanh((z := x @ p["w"])[:, :9]).sum() * jnp.tanh(z[:, 9:] + p["b"]),
+        {"w": array(5, 14), "b": array(5)},
+        r"b \(5,\): added to a part of the nodes",
     ),
     "in another order": (
         lambda p, x: x @ p["w"][:, ::-1] + p["b"],

@@ -156,10 +156,16 @@ def test_vmap_and_remat():
 
 
 def test_scan_over_layers():
-    x = 3 * jax.random.normal(KEY, (2, 6, 4))
-    stack = Deep(scanned=True).init(KEY, x)["params"]["blocks"]
+    x, model = 3 * jax.random.normal(KEY, (2, 6, 4)), Deep(scanned=True)
+    variables = model.init(KEY, x)
+    described = grapes_optax.infer_dimension_numbers(model.apply, variables, x)
+    unit = described["params"]["blocks"]["SNU_0"]
+    assert unit["bias"] is None
+    assert unit["i"]["kernel"] == unit["h"]["kernel"]  # one group too
+
+    stack = variables["params"]["blocks"]
     layers = {f"block_{n}": jax.tree.map(lambda leaf, n=n: leaf[n], stack) for n in range(3)}
-    scanned = jax.jit(propagated_gradient(Deep(scanned=True)))({"blocks": stack}, x)["blocks"]
+    scanned = jax.jit(propagated_gradient(model))({"blocks": stack}, x)["blocks"]
     in_a_row = jax.jit(propagated_gradient(Deep(scanned=False)))(layers, x)
     expected = jax.tree.map(lambda *leaves: jnp.stack(leaves), *in_a_row.values())
     for leaf in jax.tree.leaves(expected):
@@ -172,11 +178,11 @@ def test_input_and_recurrent_kernel_are_one_layer(recurrent):
     params = nn.RNN(SNU(4, recurrent)).init(KEY, jnp.ones((2, 5, 3)))["params"]
     described = grapes_optax.by_path()(params)["cell"]
     assert described.pop("bias") is None
-    assert {d["kernel"].group for d in described.values()} == {"cell/i/kernel"}
+    assert len({layer["kernel"].group for layer in described.values()}) == 1
     rows = [row.split() for row in str(grapes_optax.summary(params)).splitlines()]
-    factors = {row[0]: row[-3:] for row in rows if "kernel" in row}
-    assert list(factors) == (["cell/h/kernel"] if recurrent else []) + ["cell/i/kernel"]
-    assert len(set(map(tuple, factors.values()))) == 1
+    kernels = {row[0]: row[-3:] for row in rows if "kernel" in row}
+    assert list(kernels) == ["cell/h/kernel"] * recurrent + ["cell/i/kernel"]
+    assert len({tuple(factors) for factors in kernels.values()}) == 1
 
 
 # Rate codes.
