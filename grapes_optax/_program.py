@@ -279,20 +279,16 @@ def _regrouped(factors: Iterable[Factor], shape: Sequence[int]) -> tuple[Dim, ..
     return tuple(dims)
 
 
-def _aligned(a: View, b: View) -> list[tuple[Factor, Factor]] | None:
+def _aligned(a: View, b: View) -> list[tuple[Factor, Factor]]:
     """Pairs of factors that lie on each other in two values of one shape."""
     pairs = []
-    if len(a.dims) != len(b.dims):
-        return None
     for dims in zip(a.dims, b.dims, strict=True):
         left, right = ([factor for factor in dim if factor.size > 1] for dim in dims)
         while left and right:
             size = min(left[0].size, right[0].size)
-            for side in left, right:
-                parts = _divided(side[0], size)
-                if parts is None:
-                    return None
-                side[:1] = parts if parts[1].size > 1 else parts[:1]
+            parts = _divided(left[0], size), _divided(right[0], size)
+            if None not in parts:
+                left[:1], right[:1] = ([f for f in part or () if f.size > 1] for part in parts)
             pairs.append((left.pop(0), right.pop(0)))
     return pairs
 
@@ -339,9 +335,9 @@ class Reader:
         self.rejoined: set[int] = set()  # those whose parts are summed
         self.sums: set[frozenset[int]] = set()
         self.biases: set[Bias] = set()
-        # Where the axes are cut, and whether after the nonlinearity; None: not into pieces
-        # that are known before the program runs.
-        self.ends: dict[tuple[Axis, bool], set[int | None]] = defaultdict(set)
+        # Where axes are cut, before or (True) after the nonlinearity; None: not into pieces,
+        # or only the running program knows.
+        self.ends: dict[Any, set[int | None]] = defaultdict(set)
         self.reasons: dict[int, str] = {}
         self._parents: dict[Axis, Axis] = {}
         self._read()
@@ -371,7 +367,7 @@ class Reader:
     def shape(self, op: Operation) -> tuple[int, ...]:
         return self.program.shapes[op.outputs[0]]
 
-    def extent(self, axis: Axis) -> int:
+    def extent(self, axis: Any) -> int:
         return self.shapes[axis[0]][axis[1]]
 
     def same(self, axis: Any) -> Axis:
@@ -408,9 +404,8 @@ class Reader:
 
     def _cut(self, view: View, factor: Factor, start: int | None, size: int) -> None:
         """Notes that a part of an axis goes its own way: a gate, perhaps."""
-        if factor.axis is None:
-            return
-        ends = self.ends[factor.axis, isinstance(view, Pre) and view.state == "squashed"]
+        late = isinstance(view, Pre) and view.state == "squashed"
+        ends = self.ends[factor.axis, late]
         outer = (f for f in view.factors() if f.axis == factor.axis and f.stride > factor.stride)
         if start is None or factor.start is None or any(outer):
             ends.add(None)
@@ -419,8 +414,6 @@ class Reader:
 
     def _entry(self, view: Any, factor: Factor, index: int | None) -> Any:
         """One entry of a factor, which itself stays; None if not understood."""
-        if factor.axis is None:
-            return view
         entry = None if index is None or factor.start is None else factor.start + index
         for k, dim in enumerate(view.dims):
             for i, minor in enumerate(dim):
@@ -441,7 +434,7 @@ class Reader:
             return view.with_dim(k, *_data(size))
         first, *rest = factors
         inner = math.prod(factor.size for factor in rest)
-        if size % inner or (start or 0) % inner:
+        if size % inner or (start or 0) % inner or first.axis is None:
             return None
         start, size = None if start is None else start // inner, size // inner
         self._cut(view, first, start, size)
@@ -489,10 +482,15 @@ class Reader:
     def join(self, a: Pre, b: Pre) -> Value:
         """The sum of two pre-activations that nothing else consumes."""
         pairs, entries = _aligned(a, b), self._entries(a, b)
-        if a.state == b.state == "gated" or pairs is None or entries is None:
+        if a.state == b.state == "gated":
             return Data()
-        if any((left.axis is None) != (right.axis is None) for left, right in pairs):
-            return Data()
+        if entries is None or any(bool(left.axis) != bool(right.axis) for left, right in pairs):
+            # One value for several nodes, or for all layers of a stack, is a layer by itself.
+            more = len(a.indexed) - len(b.indexed)
+            if more >= 0 and all(left.axis or not right.axis for left, right in pairs):
+                return a
+            less = more <= 0 and all(right.axis or not left.axis for left, right in pairs)
+            return b if less else Data()
         pairs = [pair for pair in pairs if pair[0].axis]
         kernels = a.kernels | b.kernels
         if not all(self._fits(*pair) for pair in pairs):
@@ -508,9 +506,7 @@ class Reader:
     def add_parameter(self, pre: Pre, weight: Weight) -> None:
         """A parameter added to a pre-activation: a bias if it has just its nodes and stack."""
         pairs, entries = _aligned(pre, weight), self._entries(pre, weight)
-        if pairs is None or not self.shapes[weight.leaf]:
-            return
-        more = len(weight.indexed) > len(pre.indexed)
+        more = len(weight.indexed) > len(pre.indexed) or not self.shapes[weight.leaf]
         if more or any(right.axis and not left.axis for left, right in pairs):
             return  # It varies with more than the node: the embedding of a position.
         fitting = [pair for pair in pairs if self._fits(*pair)]
@@ -658,12 +654,13 @@ def _concatenate(reader: Reader, op: Operation, operands: Sequence[Value]) -> li
     weights = [value if isinstance(value, Weight) else None for value in operands]
     if reader.from_input(op.inputs) or not any(weights):
         return _unknown(reader, op, operands)
-    axis = op.params["axis" if op.name == "stack" else "dimension"]
-    sizes = tuple(reader.program.shapes[number][axis : axis + 1] or (1,) for number in op.inputs)
     if op.name == "stack":
-        sizes = ((1,),) * len(operands)
+        axis, sizes = op.params["axis"], (1,) * len(operands)
         weights = [w and replace(w, dims=(*w.dims[:axis], (), *w.dims[axis:])) for w in weights]
-    joined = Joined(axis, tuple(size for (size,) in sizes), tuple(weights))
+    else:
+        axis = op.params["dimension"]
+        sizes = tuple(reader.program.shapes[number][axis] for number in op.inputs)
+    joined = Joined(axis, sizes, tuple(weights))
     leaf = next((leaf for leaf, known in reader.joined.items() if known == joined), None)
     if leaf is None:
         leaf = len(reader.shapes)
@@ -1056,7 +1053,8 @@ class Group:
         counts, nodes = set(said.values()), self.reader.extent(self.last)
         if counts:
             self.gates, *others = counts
-            if others or not isinstance(self.gates, int) or self.gates < 1 or nodes % self.gates:
+            whole = isinstance(self.gates, int | np.integer) and self.gates > 0
+            if others or not whole or nodes % self.gates:
                 raise ValueError(f"gates do not divide {nodes} nodes: {self.rows(said)}.")
         elif len(self.kernels) > 1:
             cut = {axis: n for axis in self.outputs() if (n := self._equal_parts(axis)) != 1}
@@ -1087,9 +1085,8 @@ class Group:
             place = self.reader.same(part.axis), part.start, part.size * self.gates
             if axis in self._axes(leaf) and place != (self.last, nodes - part.size, nodes):
                 return None
-        if len(fan_in) + len(kept) < len(self.reader.shapes[leaf]) or stack != sorted(stack):
-            return None
-        if self.long(first) != self.long(kept):
+        distinct = len(fan_in) + len(kept) == len(self.reader.shapes[leaf])
+        if not distinct or stack != sorted(stack) or self.long(first) != self.long(kept):
             return None
         order = [along for along in self.outputs() if along != self.last] + [self.last]
         output = [kept[along] for along in order if along in kept]
