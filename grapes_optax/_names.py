@@ -213,11 +213,11 @@ def by_path(where: Callable[[str], bool] | None = None) -> Callable[[optax.Param
                 if bias and along and (where is None or where(path_string(bias.path))):
                     described[bias.path] = DimensionNumbers((), along.output, label)
         if unclear:
-            _warn(f"GRAPES leaves alone what names and biases do not settle: {_listed(unclear)}.")
+            warn(f"GRAPES leaves alone what names and biases do not settle: {_listed(unclear)}.")
         elif excluded and not described:
-            _warn(f"GRAPES modulates nothing: `where` excludes {_listed(excluded)}.")
+            warn(f"GRAPES modulates nothing: `where` excludes {_listed(excluded)}.")
         elif not described and any(leaf.may_be_kernel for leaf in leaves.values()):
-            _warn(f"GRAPES modulates nothing: by_path knows none of {_listed(leaves.values())}.")
+            warn(f"GRAPES modulates nothing: by_path knows none of {_listed(leaves.values())}.")
         return jax.tree_util.tree_map_with_path(
             lambda keys, _: described.get(path_names(keys)), params
         )
@@ -230,7 +230,7 @@ def _listed(leaves: Iterable[Leaf], most: int = 8) -> str:
     return ", ".join(shown[:most] + ["..."] * (len(shown) > most))
 
 
-def _warn(what: str) -> None:
+def warn(what: str) -> None:
     warnings.warn(
         f"{what} Describe the fan-in and node axes of the kernels with dimension_numbers=, and"
         " see what is modulated with grapes_optax.summary(params).",
