@@ -1,0 +1,335 @@
+"""What the examples share: the digits, training of all seeds at once, table, picture, options.
+
+`train` stands alone: a model, a method and data sets in, arrays out. `main` trains every
+contender of an example, prints the table and draws the picture.
+"""
+
+import argparse
+import contextlib
+import math
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
+import optax
+from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from tabulate import tabulate
+from tqdm import tqdm
+
+import grapes_optax
+from grapes_optax import linen as grapes
+
+Array = jax.Array
+Prepare = Callable[[Array, Array], Array]
+
+
+# What is trained.
+
+
+class Method(NamedTuple):
+    """An optimizer, and contexts of the backward pass that may use feedback weights."""
+
+    optimizer: optax.GradientTransformation
+    contexts: Callable[[Any], list] = lambda feedback: []
+    direct: bool | None = None  # feedback weights: None for none, True from the logits (DFA)
+
+
+class Data(NamedTuple):
+    train_images: Array
+    train_labels: Array
+    test_images: Array
+    test_labels: Array
+
+
+class Run(NamedTuple):
+    """The seeds are the last axis of the accuracy, and the first one of every parameter."""
+
+    accuracy: np.ndarray  # on the test set, (epochs, seeds)
+    first: Any  # parameters before training
+    last: Any  # parameters after training
+
+
+def hidden(path: str) -> bool:
+    """As in the paper, the output layer is not modulated."""
+    return "output" not in path
+
+
+def methods(optimizer: optax.GradientTransformation) -> dict[str, Method]:
+    """Plain training, GRAPES in both forms, and the control of each.
+
+    The local form acts on the updates, after the optimizer, where no division by a running
+    size of the gradient cancels it. The propagated form can only act before the optimizer.
+    """
+
+    def local(**options):
+        described = grapes_optax.by_path(where=hidden)
+        scale = grapes_optax.scale_by_grapes(described, **options)
+        return Method(optax.chain(optimizer, scale))
+
+    def propagated(**options):
+        return Method(optimizer, lambda feedback: [grapes.propagated(hidden, **options)])
+
+    return {
+        "plain": Method(optimizer),
+        "local GRAPES": local(),
+        "local, mean factor": local(control="mean"),
+        "propagated GRAPES": propagated(),
+        "propagated, mean factor": propagated(control="mean"),
+    }
+
+
+def digits() -> Data:
+    """Scikit-learn's handwritten digits: images (n, 8, 8) in [0, 1], and their labels."""
+    images, labels = load_digits(return_X_y=True)
+    split = train_test_split(images / 16, labels, test_size=0.25, random_state=0, stratify=labels)
+    train_x, test_x, train_y, test_y = split
+    train_x, test_x = (jnp.asarray(x, jnp.float32).reshape(-1, 8, 8) for x in (train_x, test_x))
+    return Data(train_x, jnp.asarray(train_y), test_x, jnp.asarray(test_y))
+
+
+# Training.
+
+
+def as_it_is(key: Array, images: Array) -> Array:
+    del key
+    return images
+
+
+@partial(jax.jit, static_argnums=0)
+def initial_params(model: nn.Module, keys: Array, images: Array) -> Any:
+    """One seed after another, for batches of orthogonal matrices can hang on CPUs.
+
+    Their QR factorisations wait for each other's threads (jaxlib 0.10.2).
+    """
+    return jax.lax.map(lambda key: model.init(key, images), keys)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def accuracy(model: nn.Module, prepare: Prepare, params: Any, data: Data) -> Array:
+    """Accuracy of every seed on the test set, in parts that fit into the memory."""
+
+    def correct(params, test):
+        key, image, label = test
+        logits: Any = model.apply(params, prepare(key, image[None]))
+        return jnp.argmax(logits) == label
+
+    keys = jax.random.split(jax.random.key(1), len(data.test_labels))
+    tests = keys, data.test_images, data.test_labels
+    of_seeds = jax.vmap(correct, in_axes=(0, None))
+    return jax.lax.map(partial(of_seeds, params), tests, batch_size=1000).mean(0)
+
+
+def train(
+    model: nn.Module,
+    method: Method,
+    data: Data,
+    *,
+    seeds: int,
+    epochs: int,
+    batch: int = 32,
+    prepare: Prepare = as_it_is,
+    after_epoch: Callable[[], object] = lambda: None,
+) -> Run:
+    """Trains all seeds at once, each epoch in one call that leaves everything on the device.
+
+    Every method sees the same initial weights and the same batches, seed by seed. The model
+    gets what `prepare(key, images)` makes of a batch: with another key in every step of the
+    training, and with the same keys whenever it is tested.
+    """
+    optimizer = method.optimizer
+
+    def loss(params, x, y):
+        logits: Any = model.apply(params, x)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+
+    @jax.jit
+    @partial(jax.vmap, in_axes=(0, 0, 0, 0, None))
+    def epoch(params, state, feedback, key, data):
+        def step(carry, chosen):
+            params, state = carry
+            indices, key = chosen
+            x = prepare(key, data.train_images[indices])
+            with contextlib.ExitStack() as stack:
+                for context in method.contexts(feedback):
+                    stack.enter_context(context)
+                gradient = jax.grad(loss)(params, x, data.train_labels[indices])
+            updates, state = optimizer.update(gradient, state, params)
+            return (optax.apply_updates(params, updates), state), None
+
+        steps = len(data.train_labels) // batch
+        order = jax.random.permutation(key, len(data.train_labels))[: steps * batch]
+        keys = jax.random.split(jax.random.fold_in(key, 0), steps)
+        chosen = order.reshape(steps, batch), keys
+        return jax.lax.scan(step, (params, state), chosen)[0]
+
+    keys = jax.random.split(jax.random.key(0), (epochs + 2, seeds))
+    example = prepare(keys[0, 0], data.train_images[:1])
+    params = first = initial_params(model, keys[0], example)
+    state, feedback, accuracies = jax.vmap(optimizer.init)(params), None, []
+    if method.direct is not None:
+
+        def draw(key, params):
+            return grapes.init_feedback(key, model, params, example, direct=bool(method.direct))
+
+        feedback = jax.vmap(draw)(keys[1], params)
+    for key in keys[2:]:
+        params, state = epoch(params, state, feedback, key, data)
+        accuracies.append(np.asarray(accuracy(model, prepare, params, data)))
+        after_epoch()
+    return Run(np.stack(accuracies), first, params)
+
+
+# What is reported.
+
+
+def mean_and_spread(accuracy: np.ndarray) -> str:
+    return f"{100 * accuracy.mean():.2f} ± {100 * accuracy.std(ddof=1):.2f}"
+
+
+def table(results: Mapping[str, Run]) -> str:
+    rows = [
+        (name, mean_and_spread(accuracy[0]), mean_and_spread(accuracy[-1]))
+        for name, (accuracy, *_) in results.items()
+    ]
+    epochs, seeds = next(iter(results.values())).accuracy.shape
+    headers = "method", "after epoch 1", f"after epoch {epochs}"
+    title = f"Test accuracy in %, mean and standard deviation over {seeds} seeds:"
+    return f"{title}\n\n{tabulate(rows, headers, tablefmt='github')}"
+
+
+# Colours of Okabe and Ito, each with a line style of its own, to be told apart in grey.
+STYLES = {
+    "plain": ("#000000", "-"),
+    "plain, twice the learning rate": ("#999999", (0, (9, 2))),
+    "local GRAPES": ("#0072B2", "-"),
+    "local, mean factor": ("#E69F00", "--"),
+    "local, neighbour's factor": ("#009E73", ":"),
+    "propagated GRAPES": ("#D55E00", "-."),
+    "propagated, mean factor": ("#CC79A7", (0, (4, 1, 1, 1, 1, 1))),
+}
+LOOK: Any = {
+    "font.size": 8,
+    "axes.titlesize": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+    "legend.handlelength": 3,
+}
+BAND = "Mean, and band of ± 1 standard deviation over seeds"
+
+
+def draw_errors(axes: Axes, results: Mapping[str, Run], title: str) -> None:
+    """Curves of the test error; what stands before the colon of a name is not in the legend."""
+    for name, (accuracy, *_) in results.items():
+        variant = name.split(": ")[-1]
+        color, linestyle = STYLES[variant]
+        error = 100 - 100 * accuracy
+        epochs = 1 + np.arange(len(error))
+        mean, spread = error.mean(1), error.std(1, ddof=1)
+        axes.plot(epochs, mean, lw=1.6, label=variant, color=color, linestyle=linestyle)
+        axes.fill_between(epochs, mean - spread, mean + spread, color=color, alpha=0.1, lw=0)
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set(xlabel="epoch", ylabel="test error (%)", title=title)
+
+
+def panels(results: Mapping[str, Run]) -> dict[str, dict[str, Run]]:
+    """The results by what stands before the colon of their names, or all under one heading."""
+    sorted_out: dict[str, dict[str, Run]] = {}
+    for name, run in results.items():
+        sorted_out.setdefault(name.rpartition(": ")[0], {})[name] = run
+    return sorted_out
+
+
+def draw(results: Mapping[str, Run], path: Path) -> None:
+    """The learning curves, a panel for each heading, with one legend beside them."""
+    grouped = panels(results)
+    with plt.rc_context(LOOK):
+        figure, rows = plt.subplots(
+            1,
+            len(grouped),
+            figsize=(2.2 + 2.8 * len(grouped), 3.4),
+            sharey=True,
+            squeeze=False,
+            layout="constrained",
+        )
+        for axes, (title, runs) in zip(rows[0], grouped.items(), strict=True):
+            draw_errors(axes, runs, title)
+            axes.label_outer()
+        handles = {str(line.get_label()): line for axes in rows[0] for line in axes.lines}
+        figure.legend(handles.values(), handles, loc="outside right center")
+        figure.suptitle(BAND, fontsize=9)
+        figure.savefig(path, dpi=150, bbox_inches="tight")
+        plt.close(figure)
+
+
+# The command line.
+
+OPTIONS: dict[str, tuple[type, Callable[[Any], bool], str]] = {
+    "seeds": (int, lambda n: n >= 2, "networks, trained at once (>= 2, for the deviation)"),
+    "epochs": (int, lambda n: n >= 1, "passes over the training set (>= 1)"),
+    "learning_rate": (float, lambda rate: 0 < rate < math.inf, "of every method (> 0)"),
+    "width": (int, lambda n: n >= 1, "nodes of the narrowest layer (>= 1)"),
+}
+
+
+def command_line(description: str | None, name: str, defaults: dict[str, Any]) -> Any:
+    parser = argparse.ArgumentParser(
+        prog=f"python -m examples.{name}",
+        description=description,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    for option, default in defaults.items():
+        kind, _, explanation = OPTIONS[option]
+        flag = "--" + option.replace("_", "-")
+        parser.add_argument(flag, type=kind, default=default, help=explanation)
+    parser.add_argument("--out", type=Path, default=f"runs/{name}", help="folder of the picture")
+    chosen = parser.parse_args()
+    for option in defaults:
+        _, holds, explanation = OPTIONS[option]
+        if not holds(value := getattr(chosen, option)):
+            parser.error(f"argument --{option.replace('_', '-')}: {value}: {explanation}")
+    return chosen
+
+
+def main(
+    description: str | None,
+    name: str,
+    contenders: Callable[[Any], Mapping[str, tuple[nn.Module, Method]]],
+    *,
+    data: Callable[[], Data] = digits,
+    prepare: Prepare = as_it_is,
+    picture: Callable[[Mapping[str, Run], Path], None] = draw,
+    **defaults: Any,
+) -> None:
+    """Trains the contenders (what they are follows from the options), and reports."""
+    options = command_line(description, name, defaults)
+    compared, sets, results = contenders(options), data(), {}
+    with tqdm(total=len(compared) * options.epochs, unit="epoch") as progress:
+        for title, (model, method) in compared.items():
+            progress.set_description(title)
+            results[title] = train(
+                model,
+                method,
+                sets,
+                seeds=options.seeds,
+                epochs=options.epochs,
+                prepare=prepare,
+                after_epoch=progress.update,
+            )
+    print(table(results))
+    options.out.mkdir(parents=True, exist_ok=True)
+    picture(results, options.out / "learning_curves.png")
+    print(f"\nLearning curves: {options.out / 'learning_curves.png'}")
