@@ -16,16 +16,18 @@ import pytest
 from flax import nnx
 from jax import lax
 
-from grapes_optax import DimensionNumbers, scale_by_grapes, summary
-from grapes_optax._program import infer_dimension_numbers
+from grapes_optax import (
+    DimensionNumbers,
+    infer_dimension_numbers,
+    modulate_error,
+    scale_by_grapes,
+    summary,
+)
 
 KEY = jax.random.key(0)
 
 
-@pytest.fixture(autouse=True)
-def _promotion_of_the_frameworks():
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
+pytestmark = pytest.mark.usefixtures("promotion_of_frameworks")
 
 
 def array(*shape, dtype=jnp.float32):
@@ -1694,3 +1696,29 @@ def test_arrays_only():
     params = {"w": array(5, 7), "activation": jnp.tanh}
     with pytest.raises(TypeError, match=r"tanh.* at activation: .*eqx.partition"):
         infer_dimension_numbers(lambda p, x: x @ p["w"], params, array(2, 5))
+
+
+def test_feeds_the_modulation_of_an_error():
+    with jax.numpy_rank_promotion("raise"):
+        keys = jax.random.split(KEY, 3)
+        shapes = {"w": (5, 12), "u": (3, 12), "b": (12,)}
+        params = {
+            name: jax.random.normal(key, shape)
+            for key, (name, shape) in zip(keys, shapes.items(), strict=True)
+        }
+
+        def gates(params, x, h):
+            z = x @ params["w"] + h @ params["u"] + params["b"]
+            return jnp.split(z, 4)
+
+        described = infer_dimension_numbers(gates, params, array(5), array(3))
+        kernels = [params[name] for name in "wu"]
+        numbers = [described[name] for name in "wu"]
+        cotangent = jax.grad(
+            lambda z: modulate_error(z, *kernels, dimension_numbers=numbers).sum()
+        )(jnp.zeros(12))
+        ones = jax.tree.map(jnp.ones_like, params)
+        local, _ = scale_by_grapes(described).update(ones, optax.EmptyState(), params)
+        np.testing.assert_allclose(cotangent, local["b"], rtol=1e-6)
+        for gate in np.split(np.asarray(cotangent), 4):
+            assert gate.max() == 2  # a maximum of its own
