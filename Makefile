@@ -5,8 +5,9 @@ RUN = $(VENV)/bin/
 
 .PHONY: demo test lint bench clean
 
+EXAMPLE ?= digits
 demo: $(VENV)/examples
-	$(RUN)python -m examples.digits
+	$(RUN)python -m examples.$(EXAMPLE)
 
 test: $(VENV)/test
 	$(RUN)python -m pytest -n 2
@@ -19,6 +20,7 @@ lint: $(VENV)/lint
 bench: $(VENV)/examples
 	$(RUN)python -m benchmarks.step_cost
 	$(RUN)python -m benchmarks.backward
+	$(RUN)python -m benchmarks.program
 
 clean:
 	rm -rf .venv runs build dist .pytest_cache .hypothesis .ruff_cache

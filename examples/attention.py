@@ -40,9 +40,12 @@ class Transformer(nn.Module):
 
 
 def main() -> None:
-    def contenders(options):
+    def contenders(options, classes):
         methods = training.methods(optax.adam(options.learning_rate))
-        return {name: (Transformer(options.width), method) for name, method in methods.items()}
+        return {
+            name: (Transformer(options.width, classes=classes), method)
+            for name, method in methods.items()
+        }
 
     training.main(
         __doc__, "attention", contenders, seeds=4, epochs=20, learning_rate=3e-3, width=32

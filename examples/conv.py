@@ -35,9 +35,9 @@ class ResNet9(nn.Module):
 
 
 def main() -> None:
-    def contenders(options):
+    def contenders(options, classes):
         methods = training.methods(optax.sgd(options.learning_rate, momentum=0.9))
-        return {name: (ResNet9(options.width), method) for name, method in methods.items()}
+        return {name: (ResNet9(options.width, classes), method) for name, method in methods.items()}
 
     training.main(__doc__, "conv", contenders, seeds=3, epochs=10, learning_rate=0.005, width=8)
 

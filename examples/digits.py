@@ -112,8 +112,11 @@ def draw(results: Mapping[str, Run], path: Path) -> None:
 
 
 def main() -> None:
-    def contenders(options):
-        return {name: (MLP(), method) for name, method in methods(options.learning_rate).items()}
+    def contenders(options, classes):
+        return {
+            name: (MLP(classes=classes), method)
+            for name, method in methods(options.learning_rate).items()
+        }
 
     training.main(
         __doc__, "digits", contenders, picture=draw, seeds=8, epochs=20, learning_rate=0.1

@@ -37,10 +37,10 @@ class Reader(nn.Module):
 
 
 def main() -> None:
-    def contenders(options):
+    def contenders(options, classes):
         methods = training.methods(optax.sgd(options.learning_rate, momentum=0.9))
         return {
-            f"{name}: {variant}": (Reader(cell, options.width), method)
+            f"{name}: {variant}": (Reader(cell, options.width, classes=classes), method)
             for name, cell in CELLS.items()
             for variant, method in methods.items()
             if not variant.startswith("local")

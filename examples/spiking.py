@@ -50,9 +50,9 @@ def methods(optimizer: optax.GradientTransformation, recurrent: bool) -> dict[st
 
 
 def main() -> None:
-    def contenders(options):
+    def contenders(options, classes):
         return {
-            f"{name}: {variant}": (Spiking(cell, recurrent, options.width), method)
+            f"{name}: {variant}": (Spiking(cell, recurrent, options.width, classes=classes), method)
             for name, (cell, recurrent) in NETWORKS.items()
             for variant, method in methods(optax.adam(options.learning_rate), recurrent).items()
         }

@@ -1,4 +1,4 @@
-"""What the examples share: the digits, training of all seeds at once, table, picture, options.
+"""What the examples share: training of all seeds at once, table, picture, options.
 
 `train` stands alone: a model, a method and data sets in, arrays out. `main` trains every
 contender of an example, prints the table and draws the picture.
@@ -20,12 +20,11 @@ import numpy as np
 import optax
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from tabulate import tabulate
 from tqdm import tqdm
 
 import grapes_optax
+from examples.data import SETS, Data, load
 from grapes_optax import linen as grapes
 
 Array = jax.Array
@@ -41,13 +40,6 @@ class Method(NamedTuple):
     optimizer: optax.GradientTransformation
     contexts: Callable[[Any], list] = lambda feedback: []
     direct: bool | None = None  # feedback weights: None for none, True from the logits (DFA)
-
-
-class Data(NamedTuple):
-    train_images: Array
-    train_labels: Array
-    test_images: Array
-    test_labels: Array
 
 
 class Run(NamedTuple):
@@ -85,15 +77,6 @@ def methods(optimizer: optax.GradientTransformation) -> dict[str, Method]:
         "propagated GRAPES": propagated(),
         "propagated, mean factor": propagated(control="mean"),
     }
-
-
-def digits() -> Data:
-    """Scikit-learn's handwritten digits: images (n, 8, 8) in [0, 1], and their labels."""
-    images, labels = load_digits(return_X_y=True)
-    split = train_test_split(images / 16, labels, test_size=0.25, random_state=0, stratify=labels)
-    train_x, test_x, train_y, test_y = split
-    train_x, test_x = (jnp.asarray(x, jnp.float32).reshape(-1, 8, 8) for x in (train_x, test_x))
-    return Data(train_x, jnp.asarray(train_y), test_x, jnp.asarray(test_y))
 
 
 # Training.
@@ -285,7 +268,7 @@ OPTIONS: dict[str, tuple[type, Callable[[Any], bool], str]] = {
 }
 
 
-def command_line(description: str | None, name: str, defaults: dict[str, Any]) -> Any:
+def command_line(description: str | None, name: str, defaults: dict[str, Any]) -> tuple[Any, Data]:
     parser = argparse.ArgumentParser(
         prog=f"python -m examples.{name}",
         description=description,
@@ -295,28 +278,34 @@ def command_line(description: str | None, name: str, defaults: dict[str, Any]) -
         kind, _, explanation = OPTIONS[option]
         flag = "--" + option.replace("_", "-")
         parser.add_argument(flag, type=kind, default=default, help=explanation)
+    parser.add_argument("--dataset", choices=SETS, default="digits", help="what it learns")
+    parser.add_argument("--data", type=Path, help="folder of the other sets, as Parquet files")
+    parser.add_argument("--download", action="store_true", help="from the Hugging Face hub")
     parser.add_argument("--out", type=Path, default=f"runs/{name}", help="folder of the picture")
     chosen = parser.parse_args()
     for option in defaults:
         _, holds, explanation = OPTIONS[option]
         if not holds(value := getattr(chosen, option)):
             parser.error(f"argument --{option.replace('_', '-')}: {value}: {explanation}")
-    return chosen
+    try:
+        sets = load(chosen.dataset, chosen.data, chosen.download)
+    except (OSError, ValueError, ImportError) as error:
+        parser.error(str(error))
+    return chosen, sets
 
 
 def main(
     description: str | None,
     name: str,
-    contenders: Callable[[Any], Mapping[str, tuple[nn.Module, Method]]],
+    contenders: Callable[[Any, int], Mapping[str, tuple[nn.Module, Method]]],
     *,
-    data: Callable[[], Data] = digits,
     prepare: Prepare = as_it_is,
     picture: Callable[[Mapping[str, Run], Path], None] = draw,
     **defaults: Any,
 ) -> None:
-    """Trains the contenders (what they are follows from the options), and reports."""
-    options = command_line(description, name, defaults)
-    compared, sets, results = contenders(options), data(), {}
+    """Trains the contenders, which follow from the options and the classes, and reports."""
+    options, sets = command_line(description, name, defaults)
+    compared, results = contenders(options, SETS[options.dataset].classes), {}
     with tqdm(total=len(compared) * options.epochs, unit="epoch") as progress:
         for title, (model, method) in compared.items():
             progress.set_description(title)

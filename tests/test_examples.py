@@ -12,6 +12,7 @@ import optax
 import pytest
 
 from examples import digits, spiking, training
+from examples.data import load
 
 matplotlib.use("Agg")
 pytestmark = pytest.mark.usefixtures("promotion_of_frameworks")
@@ -77,16 +78,19 @@ def test_example(example, tmp_path, monkeypatch, capsys):
         "--learning-rate=0",
         "--learning-rate=nan",
         "--width=0",
+        "--dataset=minst",
+        "--dataset=mnist",  # neither a folder nor leave to download
+        "--data=nowhere --dataset=mnist",
     ],
 )
 def test_example_refuses(example, option, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="2"):
-        run(example, [option], monkeypatch)
+        run(example, option.split(), monkeypatch)
     assert "error: " in capsys.readouterr().err
 
 
 def trained(method, epochs=1, **options):
-    model, data = digits.MLP(width=16), training.digits()
+    model, data = digits.MLP(width=16), load()
     return training.train(model, method, data, seeds=2, epochs=epochs, **options)
 
 
