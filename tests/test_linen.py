@@ -457,3 +457,27 @@ def test_importance_from_other_parameters():
 def test_unknown_options():
     with pytest.raises(ValueError, match="Unknown control"):
         propagated(control="shuffle")
+
+
+@pytest.mark.parametrize(
+    "cell",
+    [
+        nn.SimpleCell(4),
+        nn.LSTMCell(4),
+        nn.GRUCell(4),
+        nn.MGUCell(4),
+        nn.ConvLSTMCell(2, (3,)),
+    ],
+    ids=lambda cell: type(cell).__name__,
+)
+def test_local_and_propagated_form_agree_in_one_recurrent_layer(cell):
+    # No error travels upstream from there but through time, where it is left as it is.
+    model = nn.RNN(cell)
+    x = normal(2, 5, 6, 3) if isinstance(cell, nn.ConvLSTMCell) else normal(2, 5, 3)
+    params = random_params(model, x)
+    plain = jax.jit(jax.grad(lambda p: loss(p, x, model)))(params)
+    local, _ = scale_by_grapes().update(plain, optax.EmptyState(), params)
+    with propagated():
+        modulated = jax.jit(jax.grad(lambda p: loss(p, x, model)))(params)
+    chex.assert_trees_all_close(modulated, local, rtol=1e-4, atol=1e-5)
+    assert not np.allclose(jax.tree.leaves(plain)[0], jax.tree.leaves(local)[0], rtol=1e-2)

@@ -11,7 +11,7 @@ import pytest
 import reference
 from flax import nnx
 
-from grapes_optax import grapes_sgd
+from grapes_optax import grapes_sgd, scale_by_grapes
 from grapes_optax.nnx import (
     FeedbackWeights,
     direct_feedback_alignment,
@@ -292,3 +292,22 @@ def test_direct_feedback_cannot_reach_into_loops():
     assert model.output.feedback.shape == (4, 3)
     grads = nnx.to_pure_dict(nnx.grad(loss)(model, x))
     assert jnp.abs(grads["rnn"]["cell"]["dense_h"]["kernel"]).max() > 0
+
+
+@pytest.mark.parametrize(
+    "make",
+    [nnx.SimpleCell, nnx.LSTMCell, nnx.OptimizedLSTMCell, nnx.GRUCell],
+    ids=lambda make: make.__name__,
+)
+def test_local_and_propagated_form_agree_in_one_recurrent_layer(make):
+    def gradient(model):
+        return nnx.jit(nnx.grad(lambda model: jnp.square(model(x)).sum()))(model)
+
+    x = normal(2, 5, 3)
+    model = nnx.RNN(make(3, 4, rngs=nnx.Rngs(0)))
+    plain, params = gradient(model), nnx.state(model, nnx.Param)
+    local, _ = scale_by_grapes().update(plain, optax.EmptyState(), params)
+    modulated = gradient(propagated(model))
+    got, want, before = (nnx.to_pure_dict(tree) for tree in (modulated, local, plain))
+    chex.assert_trees_all_close(got, want, rtol=1e-4, atol=1e-5)
+    assert not np.allclose(jax.tree.leaves(before)[-1], jax.tree.leaves(want)[-1], rtol=1e-2)
