@@ -20,6 +20,7 @@ import numpy as np
 import optax
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+from scipy import stats
 from tabulate import tabulate
 from tqdm import tqdm
 
@@ -189,6 +190,31 @@ def table(results: Mapping[str, Run]) -> str:
     return f"{title}\n\n{tabulate(rows, headers, tablefmt='github')}"
 
 
+def verdict(differences: np.ndarray) -> tuple[str, str, str]:
+    """Mean of paired differences, its 95 % interval by Student's t, and what follows from it."""
+    mean, low, high = differences.mean(), differences.mean(), differences.mean()
+    if np.ptp(differences) > 0:
+        low, high = stats.ttest_1samp(differences, 0).confidence_interval(0.95)
+    words = "better" if low > 0 else "worse" if high < 0 else "no difference seen"
+    mean, low, high = (f"{round(float(x), 2) + 0.0:+.2f}" for x in (mean, low, high))
+    return mean, f"{low} to {high}", words
+
+
+def verdicts(results: Mapping[str, Run]) -> str:
+    """GRAPES against its control and against plain training, paired by the seed."""
+    rows = []
+    for heading, runs in panels(results).items():
+        prefix = f"{heading}: " if heading else ""
+        for name in runs:
+            form = name.removesuffix(" GRAPES")
+            for other in f"{form}, mean factor", f"{prefix}plain":
+                if form != name and other in runs:
+                    differences = 100 * (runs[name].accuracy[-1] - runs[other].accuracy[-1])
+                    rows.append((name, other.removeprefix(prefix), *verdict(differences)))
+    headers = "method", "against", "points", "95 % interval", "verdict"
+    return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
+
+
 # Colours of Okabe and Ito, each with a line style of its own, to be told apart in grey.
 STYLES = {
     "plain": ("#000000", "-"),
@@ -319,6 +345,10 @@ def main(
                 after_epoch=progress.update,
             )
     print(table(results))
+    print(
+        "\nDifference of the test accuracy after the last epoch, in points, paired by the seed:\n"
+    )
+    print(verdicts(results))
     options.out.mkdir(parents=True, exist_ok=True)
     picture(results, options.out / "learning_curves.png")
     print(f"\nLearning curves: {options.out / 'learning_curves.png'}")

@@ -128,3 +128,43 @@ def test_spiking(tmp_path, monkeypatch, capsys):
     for name, accuracy in rows:  # with frozen hidden layers, 29 and 45 %
         assert float(accuracy) > {"sSNU": 65, "recurrent SNU": 70}[name.split(": ")[0]], name
     assert (tmp_path / "learning_curves.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("differences", "words"),
+    [
+        ([1.0, 1.2, 0.9, 1.1], "better"),
+        ([-1.0, -1.2, -0.9, -1.1], "worse"),
+        ([1.0, -1.2, 0.9, -1.1], "no difference seen"),
+        ([0.5, 0.1, 0.3], "no difference seen"),  # three of three, and yet too few
+        ([0.0, 0.0, 0.0], "no difference seen"),
+        ([0.2, 0.2, 0.2], "better"),
+    ],
+)
+def test_verdict(differences, words):
+    assert training.verdict(np.array(differences))[-1] == words
+
+
+def test_verdict_errs_as_often_as_it_says():
+    differences = np.random.default_rng(0).normal(size=(2000, 4))
+    words = [training.verdict(row)[-1] for row in differences]
+    assert 0.035 < np.mean([w != "no difference seen" for w in words]) < 0.065
+
+
+def test_verdicts_pair_grapes_with_its_control_and_with_plain_training():
+    def run(last):
+        return training.Run(np.array([[0.0, 0.0, 0.0], last]), None, None)
+
+    table = training.verdicts(
+        {
+            "A: plain": run([0.1, 0.2, 0.3]),
+            "A: local GRAPES": run([0.21, 0.3, 0.41]),
+            "A: local, mean factor": run([0.21, 0.31, 0.4]),
+            "B: plain": run([0.1, 0.2, 0.3]),
+        }
+    )
+    rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in table.splitlines()[2:]]
+    assert [(row[0], row[1], row[2], row[4]) for row in rows] == [
+        ("A: local GRAPES", "local, mean factor", "+0.00", "no difference seen"),
+        ("A: local GRAPES", "plain", "+10.67", "better"),
+    ]
