@@ -20,7 +20,6 @@ NETWORKS = {
     "recurrent sSNU": (SoftSNU, True),
 }
 THROUGH_TIME = "propagated, through time"
-training.STYLES[THROUGH_TIME] = ("#56B4E9", (0, (1, 3)))
 
 
 class Spiking(nn.Module):

@@ -224,6 +224,7 @@ STYLES = {
     "local, neighbour's factor": ("#009E73", ":"),
     "propagated GRAPES": ("#D55E00", "-."),
     "propagated, mean factor": ("#CC79A7", (0, (4, 1, 1, 1, 1, 1))),
+    "propagated, through time": ("#56B4E9", (0, (1, 3))),
 }
 LOOK: Any = {
     "font.size": 8,

@@ -23,7 +23,7 @@ def kernel_paths(params: Any) -> list[Path]:
 
 
 def _has_name_of_kernel(leaf: Leaf) -> bool:
-    return leaf.may_be_kernel and leaf.path[-1:] != () and leaf.path[-1] in BIASES
+    return leaf.may_be_kernel and bool(leaf.path) and leaf.path[-1] in BIASES
 
 
 # Biases.

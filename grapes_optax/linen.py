@@ -292,7 +292,7 @@ def propagated(
         compound with every step: at initialisation the gradient of a vanilla cell is then
         3.3 times the plain one after 5 steps, 50 times after 20 and 83,000 times after 50,
         against 1.76 throughout without, and a recurrent spiking network on digits ends at
-        84 % instead of 95 (``docs/spiking.md`` has the measurements).
+        84 % instead of 95. Gates and sigmoids damp it (``docs/spiking.md`` has all numbers).
       importance: parameters from which the importance is read, if not those of the model
         (the authors read it, for feedback alignment under Nesterov's momentum, at the
         weights, and take the gradient at the look-ahead weights).

@@ -262,8 +262,7 @@ def propagated(
       where: predicate on the path of a kernel, ``"layers/0/kernel"`` for instance; the
         output layer should be excluded. ``None`` selects all.
       through_time: whether factors travel through the carry of recurrent cells, and
-        compound with every step, which ruins most networks: see the numbers of
-        ``grapes_optax.linen.propagated``.
+        compound with every step: ``grapes_optax.linen.propagated`` has the numbers.
       gain: as in :func:`grapes_optax.importance_factor`, like the other options.
       bounds: as in :func:`grapes_optax.importance_factor`.
       normalization: as in :func:`grapes_optax.importance_factor`.

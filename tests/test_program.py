@@ -236,6 +236,14 @@ LINEAR = {
         [one()],
         {"where": lambda path: "lora" not in path},
     ),
+    # To the program these are kernels: one sums its product to that of the kernel.
+    "nnx LoRALinear, whole": Case(
+        flax_nnx(lambda rngs: nnx.LoRALinear(5, 7, lora_rank=2, rngs=rngs), X),
+        [
+            Layer({"kernel": (0, 1), "lora/lora_b": (0, 1)}, {"bias": 0}),
+            one("lora/lora_a", bias=None),
+        ],
+    ),
     "linen WeightNorm": Case(linen(nn.WeightNorm(nn.Dense(7)), X), below("layer_instance", one())),
     # What the norm itself multiplies by is a constant here, and no input.
     "linen SpectralNorm": Case(spectral(closed=True), below("layer_instance", one())),
@@ -738,6 +746,14 @@ def with_context(p, xs, context):
     return lax.scan(step, jnp.zeros((2, 7)), xs)[0]
 
 
+def learned_decay(p, xs):
+    def step(s, x):
+        s = jax.nn.relu(x @ p["w"] + p["decay"] * s)
+        return s, s
+
+    return lax.scan(step, jnp.zeros((2, 7)), xs)[1]
+
+
 def spiking(p, xs):
     def step(carry, x):
         s, y = carry
@@ -832,6 +848,9 @@ CELLS = {
         plain(with_context, CELL, array(3, 2, 7), array(2, 5)), [SUM]
     ),
     "spiking neural unit": Case(plain(spiking, CELL, STEPS), [SUM._replace(biases={})]),
+    "a learned decay": Case(
+        plain(learned_decay, {"w": array(5, 7), "decay": array(7)}, STEPS), [one("w", bias=None)]
+    ),
     "weights in the carry": Case(plain(weights_carried, CELL, array(2, 5)), [SUM]),
     "weights in the carry, through remat": Case(
         plain(weights_carried_through_remat, CELL, array(2, 5)), [SUM]

@@ -22,7 +22,7 @@ from grapes_optax._program.values import (
 )
 from grapes_optax._tree import Leaf
 
-# What the operations do to values. A rule takes and returns values, one for each output.
+# A rule takes the values that go into an operation, and returns one for each output.
 
 
 def _unknown(
