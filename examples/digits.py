@@ -25,13 +25,19 @@ from grapes_optax import linen as grapes
 class MLP(nn.Module):
     width: int = 128
     classes: int = 10
+    depth: int = 2  # hidden layers
+    bias: bool = True
+    keep: float = 1.0  # of the hidden nodes, where a key for "dropout" is given
+    hidden_init: Any = nn.initializers.he_uniform()
+    output_init: Any = nn.initializers.lecun_normal()
 
     @nn.compact
     def __call__(self, x):
         x = x.reshape(len(x), -1)
-        for _ in range(2):
-            x = nn.relu(nn.Dense(self.width, kernel_init=nn.initializers.he_uniform())(x))
-        return nn.Dense(self.classes, name="output")(x)
+        for _ in range(self.depth):
+            x = nn.relu(nn.Dense(self.width, self.bias, kernel_init=self.hidden_init)(x))
+            x = nn.Dropout(1 - self.keep, deterministic=not self.has_rng("dropout"))(x)
+        return nn.Dense(self.classes, self.bias, kernel_init=self.output_init, name="output")(x)
 
 
 def methods(rate: float) -> dict[str, Method]:

@@ -43,6 +43,14 @@ class Method(NamedTuple):
     direct: bool | None = None  # feedback weights: None for none, True from the logits (DFA)
 
 
+class State(NamedTuple):
+    """What an epoch starts from; the seeds are the first axis of every leaf."""
+
+    params: Any
+    optimizer: Any
+    feedback: Any = None  # weights of FA and DFA
+
+
 class Run(NamedTuple):
     """The seeds are the last axis of the accuracy, and the first one of every parameter."""
 
@@ -56,28 +64,58 @@ def hidden(path: str) -> bool:
     return "output" not in path
 
 
-def methods(optimizer: optax.GradientTransformation) -> dict[str, Method]:
-    """Plain training, GRAPES in both forms, and the control of each.
+# Feedback weights of a learning rule: the context that uses them, and whether they come straight
+# from the logits.
+RULES: dict[str, tuple[Any, bool | None]] = {
+    "BP": (None, None),
+    "FA": (grapes.feedback_alignment, False),
+    "DFA": (grapes.direct_feedback_alignment, True),
+}
+# GRAPES and its controls: the form, and the options of the factor.
+VARIANTS: dict[str, tuple[str | None, dict[str, Any]]] = {
+    "plain": (None, {}),
+    "local GRAPES": ("local", {}),
+    "local, mean factor": ("local", {"control": "mean"}),
+    "local, neighbour's factor": ("local", {"control": "roll"}),
+    "local, not clipped": ("local", {"bounds": None}),
+    "local, by the mean node": ("local", {"normalization": "mean"}),
+    "local, before the optimizer": ("before", {}),
+    "propagated GRAPES": ("propagated", {}),
+    "propagated, mean factor": ("propagated", {"control": "mean"}),
+    "propagated, neighbour's factor": ("propagated", {"control": "roll"}),
+    "propagated, not clipped": ("propagated", {"bounds": None}),
+    "propagated, by the mean node": ("propagated", {"normalization": "mean"}),
+    "propagated, through time": ("propagated", {"through_time": True}),
+}
+
+
+def method(
+    optimizer: optax.GradientTransformation, variant: str = "plain", rule: str = "BP"
+) -> Method:
+    """One of the variants under a learning rule.
 
     The local form acts on the updates, after the optimizer, where no division by a running
-    size of the gradient cancels it. The propagated form can only act before the optimizer.
+    size of the gradient cancels it, unless the variant says otherwise. The propagated form can
+    only act before the optimizer.
     """
+    align, direct = RULES[rule]
+    form, options = VARIANTS[variant]
 
-    def local(**options):
-        described = grapes_optax.by_path(where=hidden)
-        scale = grapes_optax.scale_by_grapes(described, **options)
-        return Method(optax.chain(optimizer, scale))
+    def contexts(feedback):
+        alignment = [] if align is None else [align(feedback)]
+        return alignment + [grapes.propagated(hidden, **options)] * (form == "propagated")
 
-    def propagated(**options):
-        return Method(optimizer, lambda feedback: [grapes.propagated(hidden, **options)])
+    if form in ("local", "before"):
+        scale = grapes_optax.scale_by_grapes(grapes_optax.by_path(where=hidden), **options)
+        optimizer = optax.chain(*([optimizer, scale] if form == "local" else [scale, optimizer]))
+    return Method(optimizer, contexts, direct)
 
-    return {
-        "plain": Method(optimizer),
-        "local GRAPES": local(),
-        "local, mean factor": local(control="mean"),
-        "propagated GRAPES": propagated(),
-        "propagated, mean factor": propagated(control="mean"),
-    }
+
+def methods(optimizer: optax.GradientTransformation) -> dict[str, Method]:
+    """Plain training, GRAPES in both forms, and the control of each."""
+    forms = "plain", "local GRAPES", "local, mean factor"
+    forms += "propagated GRAPES", "propagated, mean factor"
+    return {variant: method(optimizer, variant) for variant in forms}
 
 
 # Training.
@@ -112,6 +150,61 @@ def accuracy(model: nn.Module, prepare: Prepare, params: Any, data: Data) -> Arr
     return jax.lax.map(partial(of_seeds, params), tests, batch_size=1000).mean(0)
 
 
+def start(model: nn.Module, method: Method, keys: Array, example: Array) -> State:
+    """Draws the weights of all seeds: the first row of keys is for the forward ones."""
+    params = initial_params(model, keys[0], example)
+    state = State(params, jax.vmap(method.optimizer.init)(params))
+    if method.direct is None:
+        return state
+
+    def draw(key, params):
+        return grapes.init_feedback(key, model, params, example, direct=bool(method.direct))
+
+    return state._replace(feedback=jax.vmap(draw)(keys[1], params))
+
+
+def epoch_of(
+    model: nn.Module, method: Method, *, batch: int, prepare: Prepare = as_it_is
+) -> Callable[[State, Array, Data], tuple[State, Array]]:
+    """One pass over the training set for all seeds, in one call that stays on the device.
+
+    It takes the state, a key for each seed and the data, and returns the next state and the
+    mean loss of every seed.
+    """
+
+    def loss(params, x, y, key):
+        logits: Any = model.apply(params, x, rngs={"dropout": key})
+        return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+
+    @jax.jit
+    @partial(jax.vmap, in_axes=(0, 0, None))
+    def epoch(state, key, data):
+        def step(carry, chosen):
+            params, optimizer = carry
+            indices, key = chosen
+            x, y = prepare(key, data.train_images[indices]), data.train_labels[indices]
+            with contextlib.ExitStack() as stack:
+                for context in method.contexts(state.feedback):
+                    stack.enter_context(context)
+                value, gradient = jax.value_and_grad(loss)(params, x, y, jax.random.fold_in(key, 1))
+            updates, optimizer = method.optimizer.update(gradient, optimizer, params)
+            return (optax.apply_updates(params, updates), optimizer), value
+
+        steps = len(data.train_labels) // batch
+        order = jax.random.permutation(key, len(data.train_labels))[: steps * batch]
+        keys = jax.random.split(jax.random.fold_in(key, 0), steps)
+        chosen = order.reshape(steps, batch), keys
+        (params, optimizer), losses = jax.lax.scan(step, (state.params, state.optimizer), chosen)
+        return State(params, optimizer, state.feedback), losses.mean()
+
+    return epoch
+
+
+def seed_keys(seeds: int, epochs: int) -> Array:
+    """Keys (2 + epochs, seeds): for the weights, the feedback weights, and every epoch."""
+    return jax.random.split(jax.random.key(0), (2 + epochs, seeds))
+
+
 def train(
     model: nn.Module,
     method: Method,
@@ -123,53 +216,20 @@ def train(
     prepare: Prepare = as_it_is,
     after_epoch: Callable[[], object] = lambda: None,
 ) -> Run:
-    """Trains all seeds at once, each epoch in one call that leaves everything on the device.
+    """Trains all seeds at once.
 
     Every method sees the same initial weights and the same batches, seed by seed. The model
     gets what `prepare(key, images)` makes of a batch: with another key in every step of the
     training, and with the same keys whenever it is tested.
     """
-    optimizer = method.optimizer
-
-    def loss(params, x, y):
-        logits: Any = model.apply(params, x)
-        return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
-
-    @jax.jit
-    @partial(jax.vmap, in_axes=(0, 0, 0, 0, None))
-    def epoch(params, state, feedback, key, data):
-        def step(carry, chosen):
-            params, state = carry
-            indices, key = chosen
-            x = prepare(key, data.train_images[indices])
-            with contextlib.ExitStack() as stack:
-                for context in method.contexts(feedback):
-                    stack.enter_context(context)
-                gradient = jax.grad(loss)(params, x, data.train_labels[indices])
-            updates, state = optimizer.update(gradient, state, params)
-            return (optax.apply_updates(params, updates), state), None
-
-        steps = len(data.train_labels) // batch
-        order = jax.random.permutation(key, len(data.train_labels))[: steps * batch]
-        keys = jax.random.split(jax.random.fold_in(key, 0), steps)
-        chosen = order.reshape(steps, batch), keys
-        return jax.lax.scan(step, (params, state), chosen)[0]
-
-    keys = jax.random.split(jax.random.key(0), (epochs + 2, seeds))
-    example = prepare(keys[0, 0], data.train_images[:1])
-    params = first = initial_params(model, keys[0], example)
-    state, feedback, accuracies = jax.vmap(optimizer.init)(params), None, []
-    if method.direct is not None:
-
-        def draw(key, params):
-            return grapes.init_feedback(key, model, params, example, direct=bool(method.direct))
-
-        feedback = jax.vmap(draw)(keys[1], params)
+    keys, accuracies = seed_keys(seeds, epochs), []
+    state = start(model, method, keys[:2], prepare(keys[0, 0], data.train_images[:1]))
+    first, epoch = state.params, epoch_of(model, method, batch=batch, prepare=prepare)
     for key in keys[2:]:
-        params, state = epoch(params, state, feedback, key, data)
-        accuracies.append(np.asarray(accuracy(model, prepare, params, data)))
+        state, _ = epoch(state, key, data)
+        accuracies.append(np.asarray(accuracy(model, prepare, state.params, data)))
         after_epoch()
-    return Run(np.stack(accuracies), first, params)
+    return Run(np.stack(accuracies), first, state.params)
 
 
 # What is reported.
