@@ -7,7 +7,7 @@ contender of an example, prints the table and draws the picture.
 import argparse
 import contextlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -86,17 +86,21 @@ VARIANTS: dict[str, tuple[str | None, dict[str, Any]]] = {
     "propagated, not clipped": ("propagated", {"bounds": None}),
     "propagated, by the mean node": ("propagated", {"normalization": "mean"}),
     "propagated, through time": ("propagated", {"through_time": True}),
+    "authors' DFA": ("outgoing", {}),
 }
 
 
 def method(
-    optimizer: optax.GradientTransformation, variant: str = "plain", rule: str = "BP"
+    optimizer: optax.GradientTransformation,
+    variant: str = "plain",
+    rule: str = "BP",
+    layers: Sequence[str] = (),
 ) -> Method:
     """One of the variants under a learning rule.
 
     The local form acts on the updates, after the optimizer, where no division by a running
     size of the gradient cancels it, unless the variant says otherwise. The propagated form can
-    only act before the optimizer.
+    only act before the optimizer. The authors' form for DFA needs the paths of all kernels.
     """
     align, direct = RULES[rule]
     form, options = VARIANTS[variant]
@@ -105,9 +109,14 @@ def method(
         alignment = [] if align is None else [align(feedback)]
         return alignment + [grapes.propagated(hidden, **options)] * (form == "propagated")
 
-    if form in ("local", "before"):
-        scale = grapes_optax.scale_by_grapes(grapes_optax.by_path(where=hidden), **options)
-        optimizer = optax.chain(*([optimizer, scale] if form == "local" else [scale, optimizer]))
+    described = grapes_optax.by_path(where=hidden)
+    chain = {
+        "local": lambda: (optimizer, grapes_optax.scale_by_grapes(described, **options)),
+        "before": lambda: (grapes_optax.scale_by_grapes(described, **options), optimizer),
+        "outgoing": lambda: (grapes_optax.scale_by_outgoing_importance(layers), optimizer),
+    }
+    if form in chain:
+        optimizer = optax.chain(*chain[form]())
     return Method(optimizer, contexts, direct)
 
 

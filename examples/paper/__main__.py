@@ -1,0 +1,150 @@
+"""Runs the experiments of the paper with their controls, and reports what came out.
+
+python -m examples.paper run accuracy --preset=smoke
+python -m examples.paper report runs/paper/accuracy-digits-smoke
+"""
+
+import argparse
+import difflib
+import errno
+import shlex
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from examples.data import SETS, load
+from examples.paper.cells import INITS, NETWORKS, OPTIMIZERS
+from examples.paper.experiments import EXPERIMENTS, PRESETS, SAME_RUN, Choice, plan
+from examples.paper.run import run
+
+# Options that change the set-up of all cells: type and what it says.
+SETUP: dict[str, tuple[Any, str]] = {
+    "network": (NETWORKS, "instead of the experiment's own"),
+    "init": (INITS, "initial weights of dense networks"),
+    "width": (int, "nodes of a hidden layer"),
+    "depth": (int, "hidden layers"),
+    "keep": (float, "share of the nodes that dropout keeps"),
+    "rate": (float, "learning rate at which all are compared"),
+    "batch": (int, "images in a step"),
+}
+
+
+def near(name: str, known: Iterable[str]) -> str:
+    found = difflib.get_close_matches(name.lower(), list(known), n=1, cutoff=0.5)
+    return f": did you mean {found[0]}?" if found else ""
+
+
+def one_of(known: Iterable[str]) -> Callable[[str], str]:
+    def check(name: str) -> str:
+        if name not in known:
+            raise argparse.ArgumentTypeError(
+                f"there is no {name!r}{near(name, known)} (there are {', '.join(known)})"
+            )
+        return name
+
+    return check
+
+
+def above(kind: Callable[[str], Any], low: float) -> Callable[[str], Any]:
+    def check(text: str) -> Any:
+        if not low < (value := kind(text)) < float("inf"):
+            raise argparse.ArgumentTypeError(f"{text} is not above {low}")
+        return value
+
+    check.__name__ = kind.__name__  # as argparse calls it where the text is no number
+    return check
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m examples.paper",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="run | report")
+    runs = commands.add_parser("run", help="train", allow_abbrev=False)
+    reports = commands.add_parser("report", help="tables, figures, verdicts", allow_abbrev=False)
+    reports.add_argument("out", type=Path, help="folder of one run, or of several")
+
+    listed = "; ".join(f"{name}: {e.question}" for name, e in EXPERIMENTS.items())
+    names = [*EXPERIMENTS, *SAME_RUN]
+    runs.add_argument("experiment", type=one_of(names), help=listed)
+    options = []
+
+    def option(name: str, **settings: Any) -> None:
+        options.extend(runs.add_argument(name, **settings).option_strings)
+
+    option("--preset", type=one_of(PRESETS), default="standard", help=", ".join(PRESETS))
+    option("--dataset", type=one_of(SETS), default="digits", help=", ".join(SETS))
+    option("--data", type=Path, help="folder of the other sets, as Parquet files")
+    option("--download", action="store_true", help="from the Hugging Face hub, if need be")
+    option("--out", type=Path, help="folder; runs/paper/EXPERIMENT-DATASET-PRESET by default")
+    option("--seeds", type=above(int, 1), help="networks, trained at once, instead of the preset's")
+    option("--epochs", type=above(int, 0), help="instead of the preset's")
+    option(
+        "--optimizers",
+        nargs="+",
+        type=one_of(OPTIMIZERS),
+        default=tuple(OPTIMIZERS),
+        metavar="NAME",
+    )
+    for name, known in ("--rules", RULES), ("--optimizers", OPTIMIZERS):
+        option(name, nargs="+", type=one_of(known), default=tuple(known), metavar="NAME")
+    for name, (kind, text) in SETUP.items():
+        check = one_of(kind) if isinstance(kind, dict) else above(kind, 0)
+        option(f"--{name}", type=check, help=text)
+    option("--tensorboard", action="store_true", help="event files too; needs tensorboardX")
+    option("--save-every", type=above(float, -1), default=60.0, help="seconds between checkpoints")
+
+    chosen, unknown = parser.parse_known_args(arguments)
+    for text in unknown:
+        if text.startswith("-"):
+            runs.error(f"there is no option {text}{near(text.split('=')[0], options)}")
+    if unknown:
+        runs.error(f"what is {unknown[0]!r}?")
+    return chosen
+
+
+def main(arguments: list[str]) -> None:
+    chosen = parse(arguments)
+    try:
+        if chosen.command == "report":
+            from examples.paper.report import report
+
+            report(chosen.out)
+            return
+        setup = {name: getattr(chosen, name) for name in SETUP if getattr(chosen, name) is not None}
+        wanted = plan(
+            chosen.experiment,
+            chosen.preset,
+            chosen.dataset,
+            Choice(chosen.rules, chosen.optimizers),
+            chosen.seeds,
+            chosen.epochs,
+            **setup,
+        )
+        data = load(chosen.dataset, chosen.data, chosen.download)
+        default = f"runs/paper/{wanted.experiment}-{chosen.dataset}-{chosen.preset}"
+        out = chosen.out or Path(default)
+        command = shlex.join(["python", "-m", "examples.paper", *arguments])
+        run(
+            wanted,
+            data,
+            out,
+            command,
+            save_every=chosen.save_every,
+            tensorboard=chosen.tensorboard,
+        )
+        print(f"Done. Report it: python -m examples.paper report {out}")
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            sys.exit(f"The disk is full: {error}. Make room and run the same command: it goes on.")
+        sys.exit(str(error))
+    except (ValueError, ImportError) as error:
+        sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
