@@ -17,6 +17,7 @@ from examples.data import SETS, load
 from examples.paper.cells import INITS, NETWORKS, OPTIMIZERS
 from examples.paper.experiments import EXPERIMENTS, PRESETS, SAME_RUN, Choice, plan
 from examples.paper.run import run
+from examples.training import RULES
 
 # Options that change the set-up of all cells: type and what it says.
 SETUP: dict[str, tuple[Any, str]] = {
@@ -83,13 +84,6 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     option("--out", type=Path, help="folder; runs/paper/EXPERIMENT-DATASET-PRESET by default")
     option("--seeds", type=above(int, 1), help="networks, trained at once, instead of the preset's")
     option("--epochs", type=above(int, 0), help="instead of the preset's")
-    option(
-        "--optimizers",
-        nargs="+",
-        type=one_of(OPTIMIZERS),
-        default=tuple(OPTIMIZERS),
-        metavar="NAME",
-    )
     for name, known in ("--rules", RULES), ("--optimizers", OPTIMIZERS):
         option(name, nargs="+", type=one_of(known), default=tuple(known), metavar="NAME")
     for name, (kind, text) in SETUP.items():

@@ -129,10 +129,10 @@ NETWORKS: dict[str, Network] = {
     },
     **{
         name: Network(
-            lambda s, n, cell=cell, again=again: Spiking(cell, again, s.width, s.depth, n),
+            lambda s, classes, unit=unit: Spiking(unit[0], unit[1], s.width, s.depth, classes),
             spikes_for,
         )
-        for name, (cell, again) in SPIKING.items()
+        for name, unit in SPIKING.items()
     },
 }
 
