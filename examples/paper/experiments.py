@@ -55,12 +55,15 @@ def accuracy(choice: Choice) -> list[Cell]:
     cells = []
     for optimizer in choice.few(choice.optimizers):
         for rule in choice.rules:
-            variants = OF_RULE[rule]
-            if (rule, optimizer) == ("BP", "sgd"):
-                variants += OTHER_FACTORS
-            if rule == "BP" and optimizer in ("rmsprop", "adam"):
-                variants += ("local, before the optimizer",)
-            cells += contenders(f"{rule}, {optimizer}", variants, rule, optimizer=optimizer)
+            cells += contenders(f"{rule}, {optimizer}", OF_RULE[rule], rule, optimizer=optimizer)
+    return cells
+
+
+def factors(choice: Choice) -> list[Cell]:
+    cells = contenders("sgd", (*FORMS, *OTHER_FACTORS))
+    for optimizer in choice.few(("rmsprop", "adam"), 0):
+        variants = "plain", "local GRAPES", "local, before the optimizer"
+        cells += contenders(optimizer, variants, optimizer=optimizer)
     return cells
 
 
@@ -70,8 +73,8 @@ def depth(choice: Choice) -> list[Cell]:
 
 
 def width(choice: Choice) -> list[Cell]:
-    widths = choice.few((16, 32, 64, 128, 256, 512), 2)
-    return [c for n in widths for c in contenders(f"width {n}", FORMS, width=n)]
+    widths, variants = choice.few((16, 64, 256, 1024), 2), ("plain", *PROPAGATED)
+    return [c for n in widths for c in contenders(f"width {n}", variants, width=n)]
 
 
 def forgetting(choice: Choice) -> list[Cell]:
@@ -94,7 +97,7 @@ def spiking(choice: Choice) -> list[Cell]:
     for name in choice.few(tuple(SPIKING)):
         through = ("propagated, through time",) if "recurrent" in name else ()
         setup = {"network": name, "width": 128, "depth": 1, "optimizer": "adam", "rate": 0.002}
-        cells += contenders(name, FORMS + through, **setup)
+        cells += contenders(name, ("plain", *LOCAL[:2], *PROPAGATED, *through), **setup)
     return cells
 
 
@@ -135,36 +138,39 @@ class Experiment(NamedTuple):
     observe: bool = False  # the weights of every layer too
 
 
-DENSE = Scale(10, 40, 3, 20), Scale(5, 10, 1, 3)
+DENSE = Scale(10, 30, 2, 15), Scale(5, 8, 1, 3)
 EXPERIMENTS: dict[str, Experiment] = {
     "accuracy": Experiment(
         "Does GRAPES end at a higher accuracy, and does it learn faster?", accuracy, *DENSE
     ),
+    "factors": Experiment(
+        "Does it matter how the factor is made, and where it acts?", factors, *DENSE
+    ),
     "depth": Experiment(
         "Does GRAPES help more in deeper networks?",
         depth,
-        Scale(10, 40, 3, 20),
+        Scale(10, 30, 2, 15),
         Scale(5, 5, 1, 2),
         WIDE_GRID,
     ),
     "width": Experiment(
-        "Does GRAPES help more in wider networks?", width, Scale(10, 40, 3, 20), Scale(5, 5, 1, 2)
+        "Does GRAPES help more in wider networks?", width, Scale(10, 30, 2, 15), Scale(5, 5, 1, 2)
     ),
     "forgetting": Experiment(
         "Does GRAPES forget less of earlier tasks?",
         forgetting,
-        Scale(10, 20, 3, 20),
-        Scale(5, 2, 1, 2),
+        Scale(10, 20, 2, 10),
+        Scale(5, 2, 1, 1),
         tasks=5,
     ),
     "recurrent": Experiment(
         "Does GRAPES help in recurrent networks?",
         recurrent,
-        Scale(10, 20, 3, 10),
-        Scale(5, 3, 1, 1),
+        Scale(10, 20, 2, 10),
+        Scale(5, 2, 1, 1),
     ),
     "spiking": Experiment(
-        "Does GRAPES help in spiking networks?", spiking, Scale(10, 10, 1, 5), Scale(5, 2, 1, 1)
+        "Does GRAPES help in spiking networks?", spiking, Scale(5, 10, 1, 3), Scale(5, 1, 1, 1)
     ),
     "memory": Experiment(
         "How much memory does GRAPES need?", memory, Scale(1, 0, 0, 0), Scale(1, 0, 0, 0), ()
@@ -172,8 +178,8 @@ EXPERIMENTS: dict[str, Experiment] = {
     "distribution": Experiment(
         "How do the weights and the factors move?",
         distribution,
-        Scale(10, 40, 0, 0),
-        Scale(5, 10, 0, 0),
+        Scale(10, 30, 0, 0),
+        Scale(5, 8, 0, 0),
         (),
         observe=True,
     ),
