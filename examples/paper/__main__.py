@@ -122,7 +122,13 @@ def main(arguments: list[str]) -> None:
         data = load(chosen.dataset, chosen.data, chosen.download)
         default = f"runs/paper/{wanted.experiment}-{chosen.dataset}-{chosen.preset}"
         out = chosen.out or Path(default)
-        command = shlex.join(["python", "-m", "examples.paper", *arguments])
+        # The folders do not settle the numbers, and are somebody's own.
+        given = {"--data": chosen.data, "--out": chosen.out}
+        hidden = {str(value) for value in given.values()}
+        shown = [a for a in arguments if a.split("=")[0] not in given and a not in hidden]
+        if chosen.data:
+            shown.append("--data=FOLDER")
+        command = shlex.join(["python", "-m", "examples.paper", *shown])
         run(
             wanted,
             data,

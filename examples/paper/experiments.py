@@ -83,21 +83,18 @@ def forgetting(choice: Choice) -> list[Cell]:
 
 def recurrent(choice: Choice) -> list[Cell]:
     """In a single recurrent layer the local form is the same as the propagated one."""
-    return [
-        cell
-        for name in choice.few(tuple(CELLS))
-        for cell in contenders(
-            name, ("plain", *PROPAGATED), network=name, width=64, depth=1, optimizer="momentum"
-        )
-    ]
+    setup = {"width": 64, "depth": 1, "batch": 32, "optimizer": "momentum", "rate": 0.03}
+    cells = choice.few(tuple(CELLS))
+    return [c for n in cells for c in contenders(n, ("plain", *PROPAGATED), network=n, **setup)]
 
 
 def spiking(choice: Choice) -> list[Cell]:
+    setup = {"width": 128, "depth": 1, "batch": 32, "optimizer": "adam", "rate": 0.002}
     cells = []
     for name in choice.few(tuple(SPIKING)):
         through = ("propagated, through time",) if "recurrent" in name else ()
-        setup = {"network": name, "width": 128, "depth": 1, "optimizer": "adam", "rate": 0.002}
-        cells += contenders(name, ("plain", *LOCAL[:2], *PROPAGATED, *through), **setup)
+        variants = "plain", *LOCAL[:2], *PROPAGATED, *through
+        cells += contenders(name, variants, network=name, **setup)
     return cells
 
 
