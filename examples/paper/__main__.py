@@ -86,6 +86,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     option("--epochs", type=above(int, 0), help="instead of the preset's")
     for name, known in ("--rules", RULES), ("--optimizers", OPTIMIZERS):
         option(name, nargs="+", type=one_of(known), default=tuple(known), metavar="NAME")
+    option("--panels", nargs="+", default=(), metavar="NAME", help="of the experiment, not all")
     for name, (kind, text) in SETUP.items():
         check = one_of(kind) if isinstance(kind, dict) else above(kind, 0)
         option(f"--{name}", type=check, help=text)
@@ -114,7 +115,7 @@ def main(arguments: list[str]) -> None:
             chosen.experiment,
             chosen.preset,
             chosen.dataset,
-            Choice(chosen.rules, chosen.optimizers),
+            Choice(chosen.rules, chosen.optimizers, chosen.panels),
             chosen.seeds,
             chosen.epochs,
             **setup,

@@ -38,10 +38,14 @@ class Choice(NamedTuple):
 
     rules: Sequence[str] = tuple(RULES)
     optimizers: Sequence[str] = tuple(OPTIMIZERS)
+    panels: Sequence[str] = ()  # all
     smoke: bool = False
 
     def few(self, rows: Sequence[Any], count: int = 1) -> Sequence[Any]:
         return rows[:count] if self.smoke else rows
+
+
+EVERYTHING = Choice()
 
 
 def contenders(panel: str, variants: Sequence[str], rule: str = "BP", **setup: Any) -> list[Cell]:
@@ -218,7 +222,7 @@ def plan(
     name: str,
     preset: str = "standard",
     dataset: str = "digits",
-    choice: Choice = Choice(),  # noqa: B008
+    choice: Choice = EVERYTHING,
     seeds: int | None = None,
     epochs: int | None = None,
     **setup: Any,
@@ -229,6 +233,11 @@ def plan(
     scale = scale_of(experiment, preset, dataset)
     scale = scale._replace(seeds=seeds or scale.seeds, epochs=epochs or scale.epochs)
     cells, grid = experiment.cells(choice._replace(smoke=smoke)), experiment.grid
+    panels = list(dict.fromkeys(cell.panel for cell in cells))
+    for panel in choice.panels:
+        if panel not in panels:
+            raise ValueError(f"there is no panel {panel!r} (there are {', '.join(panels)})")
+    cells = [cell for cell in cells if cell.panel in (choice.panels or panels)]
     if smoke:  # compilation takes most of the time
         form = {"DFA": LOCAL}
         cells = [c for c in cells if c.variant in ("plain", *form.get(c.rule, PROPAGATED)[:2])]
