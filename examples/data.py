@@ -98,12 +98,12 @@ def digits() -> Data:
 # Where the tables come from. Each goes with what an error message calls it.
 
 
-def package(name: str) -> Any:
-    """A package that only the sets beyond the digits need."""
+def package(name: str, extra: str = "data") -> Any:
+    """A package that only the sets beyond the digits, or another extra, need."""
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"{name} is missing: pip install '.[data]'") from error
+        raise ModuleNotFoundError(f"{name} is missing: pip install '.[{extra}]'") from error
 
 
 def find(name: str, folder: Path) -> list[list[Path]] | None:

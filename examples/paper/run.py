@@ -11,142 +11,22 @@ import re
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from sklearn.model_selection import train_test_split
 from tqdm import tqdm
 
-import grapes_optax
 from examples.data import Data, package
 from examples.paper import records
-from examples.paper.cells import at_rates, build, state_bytes, tree_bytes
+from examples.paper.cells import Cell
 from examples.paper.experiments import Plan
-from examples.paper.records import BEST, SAME, TUNING, Record
-from examples.training import accuracy, epoch_of, hidden, seed_keys, start
-
-Array = jax.Array
-
-
-class Unit(NamedTuple):
-    """One cell at some learning rates on some seeds: what trains at once."""
-
-    cell: int
-    phase: str
-    rates: tuple[float, ...]
-    seeds: int
-    epochs: int  # of all tasks
-
-    @property
-    def lanes(self) -> int:
-        return len(self.rates) * self.seeds
-
-
-def units_of(plan: Plan, cell: int, tuned: Callable[[], float]) -> Iterator[Unit]:
-    """What a cell is trained for, in order: the last depends on what the first found."""
-    scale, rate = plan.scale, plan.cells[cell].setup.rate
-    if plan.grid:
-        rates = tuple(rate * factor for factor in plan.grid)
-        yield Unit(cell, TUNING, rates, scale.tuning_seeds, scale.tuning_epochs * plan.tasks)
-    yield Unit(cell, SAME, (rate,), scale.seeds, scale.epochs * plan.tasks)
-    if plan.grid and tuned() != rate:
-        yield Unit(cell, BEST, (tuned(),), scale.seeds, scale.epochs * plan.tasks)
-
-
-# Data.
-
-
-def held_out(data: Data) -> Data:
-    """A sixth of the training set in place of the test set, to choose learning rates by."""
-    rows = np.arange(len(data.train_labels))
-    kept, tested = train_test_split(rows, test_size=1 / 6, random_state=0)
-    images, labels = data.train_images, data.train_labels
-    return Data(images[kept], labels[kept], images[tested], labels[tested])
-
-
-def permuted(images: Array, task: int) -> Array:
-    """The images with their pixels in the order of a task; the first leaves them as they are."""
-    if task == 0:
-        return images
-    order = jax.random.permutation(jax.random.key(task), images[0].size)
-    return images.reshape(len(images), -1)[:, order].reshape(images.shape)
-
-
-# One unit.
-
-
-def observe(params: Any) -> dict[str, Any]:
-    """Incoming weights and factors of the hidden kernels, over the nodes of all seeds."""
-    found = {}
-    for path, kernel in jax.tree_util.tree_leaves_with_path(params):
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        if not name.endswith("kernel") or not hidden(name):
-            continue
-        sums = jax.vmap(grapes_optax.node_importance)(kernel)
-        share = np.asarray(sums / sums.mean(-1, keepdims=True))
-        factor = np.asarray(jax.vmap(grapes_optax.importance_factor)(kernel))
-        free = np.asarray(
-            jax.vmap(lambda k: grapes_optax.importance_factor(k, bounds=None))(kernel)
-        )
-        found[name] = {
-            "factor_mean": round(float(factor.mean()), 5),
-            "factor_std": round(float(factor.std(-1).mean()), 5),
-            "at_lower_bound": round(float((free <= 1).mean()), 5),
-            "histogram": np.histogram(free, np.linspace(0, 2, 41))[0].tolist(),
-            "incoming": np.quantile(share, (0, 0.05, 0.25, 0.5, 0.75, 0.95, 1)).round(5).tolist(),
-        }
-    return found
-
-
-class Lanes:
-    """A unit in training: the seeds of the first rate, then those of the second, and so on."""
-
-    def __init__(self, plan: Plan, unit: Unit, built: Any, epoch: Any, data: Data):
-        self.model, method, self.prepare = built
-        self.plan, self.unit, self.epoch = plan, unit, epoch
-        data = held_out(data) if unit.phase == TUNING else data
-        self.data, self.task = data, 0
-        self.tests = [
-            data._replace(test_images=permuted(data.test_images, task))
-            for task in range(plan.tasks)
-        ]
-        self.keys = jnp.tile(seed_keys(unit.seeds, unit.epochs), (1, len(unit.rates)))
-        example = self.prepare(self.keys[0, 0], data.train_images[:1])
-        state = start(self.model, method, self.keys[:2], example)
-        rates = jnp.repeat(jnp.array(unit.rates, jnp.float32), unit.seeds)
-        self.state = state._replace(optimizer=at_rates(state.optimizer, rates))
-        self.parameter_bytes = tree_bytes(state.params) // unit.lanes
-        one = jax.tree.map(lambda x: x[0], state.params)
-        self.state_bytes = state_bytes(plan.cells[unit.cell], one)
-
-    def train(self, number: int) -> dict[str, Any]:
-        """Trains the epoch of this number, from 1, and tells of it; 0 tells of the start."""
-        told: dict[str, Any] = {"kind": "epoch", "epoch": number}
-        if number:
-            task = (number - 1) * self.plan.tasks // self.unit.epochs
-            if task != self.task:
-                images = permuted(self.tests[0].train_images, task)
-                self.data, self.task = self.data._replace(train_images=images), task
-            clock = time.perf_counter()
-            self.state, loss = self.epoch(self.state, self.keys[number + 1], self.data)
-            loss = np.asarray(jax.block_until_ready(loss), float).reshape(-1, self.unit.seeds)
-            told["seconds"] = round(time.perf_counter() - clock, 4)
-            told["loss"] = [[round(x, 6) if np.isfinite(x) else None for x in r] for r in loss]
-        right = [accuracy(self.model, self.prepare, self.state.params, t) for t in self.tests]
-        right = np.asarray(right, float).reshape(len(self.tests), -1, self.unit.seeds)
-        told["accuracy"] = right.transpose(1, 0, 2).round(6).tolist()
-        if self.plan.observe and self.unit.phase != TUNING:
-            told["layers"] = observe(self.state.params)
-        return told
-
-
-# All of them.
+from examples.paper.units import Contender, Lanes, Unit, units_of
 
 
 def surroundings() -> dict[str, Any]:
@@ -176,8 +56,8 @@ def surroundings() -> dict[str, Any]:
 class Folder:
     """The file and the checkpoints of a run."""
 
-    def __init__(self, path: Path, plan: Plan, command: str):
-        self.file, wanted = path / records.NAME, records.as_json(plan)
+    def __init__(self, path: Path, plan: Plan):
+        self.plan, self.file, wanted = plan, path / records.NAME, records.as_json(plan)
         path.mkdir(parents=True, exist_ok=True)
         lines = records.lines_of(self.file)
         for line in lines:
@@ -195,7 +75,15 @@ class Folder:
         for line in lines:
             self.note(line)
         self.stream = self.file.open("a")
-        self.add({"kind": "run", "command": command, **surroundings(), "plan": wanted})
+
+    def __enter__(self) -> "Folder":
+        return self
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        self.stream.close()
+        self.manager.close()
+        if kind is None:  # nothing is left to resume
+            shutil.rmtree(self.file.parent / "checkpoints")
 
     def trusted(self, lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """The lines up to the last state that was saved, or to the last unit that is whole."""
@@ -230,8 +118,15 @@ class Folder:
         like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
         return self.manager.restore(self.written, args=ocp.args.StandardRestore(like))
 
-    def record(self, cell: int, phase: str, plan: Plan) -> Record:
-        return records.record(plan.cells[cell], *self.units[cell, phase])
+    def saved_ago(self) -> float:
+        return time.monotonic() - self.saved
+
+    def epochs_of(self, unit: Unit) -> list[dict[str, Any]]:
+        return self.units.get((unit.cell, unit.phase), (None, []))[1]
+
+    def best_rate(self, cell: int) -> float:
+        tuning = self.units[cell, records.TUNING]
+        return records.best_rate(records.record(self.plan.cells[cell], *tuning))
 
 
 def run(
@@ -244,85 +139,63 @@ def run(
     tensorboard: bool = False,
 ) -> None:
     """Runs what is missing of a plan in a folder. The state is saved every so many seconds."""
-    folder = Folder(out, plan, command)
     scale = plan.scale
     of_cell = scale.epochs * scale.seeds * (1 + bool(plan.grid))
     of_cell += scale.tuning_epochs * scale.tuning_seeds * len(plan.grid)
-    with tqdm(total=of_cell * plan.tasks * len(plan.cells), unit="seed-epoch") as progress:
+    of_cell *= plan.tasks
+    total = of_cell * len(plan.cells)
+    with Folder(out, plan) as folder, tqdm(total=total, unit="seed-epoch") as progress:
+        told = {"command": command, **surroundings(), "plan": records.as_json(plan)}
+        folder.add({"kind": "run", **told})
         for index, cell in enumerate(plan.cells):
             progress.set_description(f"{cell.panel}, {cell.variant}")
-            built = build(cell, plan.dataset)
-            model, method, prepare = built
-            epoch = epoch_of(model, method, batch=cell.setup.batch, prepare=prepare)
-
-            def tuned(index=index):
-                return records.best_rate(folder.record(index, TUNING, plan))
-
-            left = of_cell * plan.tasks
-            for unit in units_of(plan, index, tuned):
+            contender, left = Contender(plan, index, data), of_cell
+            for unit in units_of(plan, index, partial(folder.best_rate, index)):
                 left -= unit.lanes * unit.epochs
-                train(plan, unit, folder, built, epoch, data, progress, save_every, tensorboard)
+                done = len(folder.epochs_of(unit))
+                progress.total -= unit.lanes * max(done - 1, 0)
+                if done <= unit.epochs:
+                    show = events(out, unit, cell) if tensorboard else contextlib.nullcontext()
+                    lanes = Lanes(contender, unit)
+                    for line in go_on(folder, lanes, done, save_every, show):
+                        progress.update(unit.lanes * ("loss" in line))
             progress.total -= left  # where the best learning rate is the common one
             progress.refresh()
-    folder.stream.close()
-    folder.manager.close()
-    shutil.rmtree(out / "checkpoints")
 
 
-def train(
-    plan: Plan,
-    unit: Unit,
-    folder: Folder,
-    built: Any,
-    epoch: Any,
-    data: Data,
-    progress: tqdm,
-    save_every: float,
-    tensorboard: bool,
-) -> None:
-    _, done = folder.units.get(unit[:2], (None, []))
-    progress.total -= unit.lanes * len(done[1:])
-    if len(done) == 1 + unit.epochs:
-        return
-    lanes = Lanes(plan, unit, built, epoch, data)
+def go_on(
+    folder: Folder, lanes: Lanes, done: int, save_every: float, events: Any
+) -> Iterator[dict[str, Any]]:
+    """Trains a unit from the first epoch that is not in the file, line by line."""
     if done:
         lanes.state = folder.restored(lanes.state)
     else:
-        folder.add(
-            {
-                "kind": "unit",
-                **unit._asdict(),
-                "seeds": list(range(unit.seeds)),
-                "parameter_bytes": lanes.parameter_bytes,
-                "state_bytes": lanes.state_bytes,
-            }
-        )
-    with events(folder, unit, plan) if tensorboard else contextlib.nullcontext() as writer:
-        for number in range(len(done), 1 + unit.epochs):
+        folder.add(lanes.told())
+    with events as writer:
+        for number in range(done, 1 + lanes.unit.epochs):
             line = lanes.train(number)
             folder.add(line)
             if writer:
-                show(writer, unit, line)
-            if number and number < unit.epochs and time.monotonic() - folder.saved > save_every:
+                show(writer, lanes.unit, line)
+            if 0 < number < lanes.unit.epochs and folder.saved_ago() > save_every:
                 folder.save(lanes.state)
-            progress.update(unit.lanes * bool(number))
+            yield line
 
 
 # TensorBoard.
 
 
-def events(folder: Folder, unit: Unit, plan: Plan) -> Any:
-    cell = plan.cells[unit.cell]
+def events(out: Path, unit: Unit, cell: Cell) -> Any:
     name = "-".join([str(unit.cell), cell.panel, cell.variant, unit.phase])
-    path = folder.file.parent / "tensorboard" / re.sub(r"[^\w.-]+", "_", name)
-    return package("tensorboardX").SummaryWriter(str(path))
+    path = out / "tensorboard" / re.sub(r"[^\w.-]+", "_", name)
+    return package("tensorboardX", "tensorboard").SummaryWriter(str(path))
 
 
 def show(writer: Any, unit: Unit, line: dict[str, Any]) -> None:
-    for rate, of_rate in zip(unit.rates, line["accuracy"], strict=True):
-        for task, seeds in enumerate(of_rate):
-            tag = f"accuracy/rate {rate:g}" + f", task {task + 1}" * (len(of_rate) > 1)
+    for row, rate in enumerate(unit.rates):
+        for task, seeds in enumerate(line["accuracy"][row], start=1):
+            tag = f"accuracy/rate_{rate:g}/task_{task}"
             writer.add_scalar(tag, float(np.mean(seeds)), line["epoch"])
-    for rate, seeds in zip(unit.rates, line.get("loss", []), strict=False):
-        if None not in seeds:
-            writer.add_scalar(f"loss/rate {rate:g}", float(np.mean(seeds)), line["epoch"])
+        if "loss" in line and None not in line["loss"][row]:
+            loss = float(np.mean(line["loss"][row]))
+            writer.add_scalar(f"loss/rate_{rate:g}", loss, line["epoch"])
