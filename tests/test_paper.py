@@ -369,7 +369,7 @@ def refusal(arguments, capsys) -> str:
     ("arguments", "message"),
     [
         (["run", "acuracy"], "did you mean accuracy?"),
-        (["run", "acuracy"], "convergence"),  # what there is
+        (["run", "acuracy"], "convergence, all"),  # what there is
         (["run", "depth", "--sedes=3"], "did you mean --seeds?"),
         (["run", "depth", "--sedes", "3"], "did you mean --seeds?"),
         (["run", "depth", "--preset=fulll"], "did you mean full?"),
@@ -417,14 +417,21 @@ def test_command_that_is_recorded_names_no_folder(tmp_path):
     assert run_line["device"].startswith(jax.default_backend())
 
 
-def test_full_disk(data, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+        ValueError(f"Failed writing: {os.strerror(errno.ENOSPC)} [os_error_code='28']"),  # Orbax
+    ],
+)
+def test_full_disk(error, tmp_path, monkeypatch, capsys):
     def full(folder, line):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        raise error
 
     monkeypatch.setattr(runner.Folder, "add", full)
     message = refusal(["run", "memory", f"--out={tmp_path}"], capsys)
     assert "disk is full" in message
-    assert "run the same command" in message
+    assert "give the same command again" in message
 
 
 def test_interrupted_download(monkeypatch, capsys):
@@ -445,6 +452,17 @@ def test_tensorboard(data, tmp_path):
     content = events.read_bytes()
     assert b"accuracy/rate_0.1/task_1" in content
     assert b"loss/rate_0.1" in content
+
+
+def test_all_experiments_in_folders_of_their_own(tmp_path, monkeypatch):
+    called = []
+    monkeypatch.setattr(
+        paper, "run", lambda wanted, *rest, **options: called.append((wanted, rest))
+    )
+    paper.main(["run", "all", "--preset=smoke", "--seeds=3", f"--out={tmp_path}"])
+    assert [wanted.experiment for wanted, _ in called] == list(EXPERIMENTS)
+    assert {wanted.scale.seeds for wanted, _ in called} == {3}
+    assert {rest[1].name for _, rest in called} == {f"{name}-digits-smoke" for name in EXPERIMENTS}
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)

@@ -7,6 +7,7 @@ python -m examples.paper report runs/paper/accuracy-digits-smoke
 import argparse
 import difflib
 import errno
+import os
 import shlex
 import sys
 from collections.abc import Callable, Iterable
@@ -16,8 +17,12 @@ from typing import Any
 from examples.data import SETS, load
 from examples.paper.cells import INITS, NETWORKS, OPTIMIZERS
 from examples.paper.experiments import EXPERIMENTS, PRESETS, SAME_RUN, Choice, plan
+from examples.paper.report import report
 from examples.paper.run import run
 from examples.training import RULES
+
+ALL = "all"
+FOLDER = Path("runs/paper")
 
 # Options that change the set-up of all cells: type and what it says.
 SETUP: dict[str, tuple[Any, str]] = {
@@ -69,8 +74,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     reports = commands.add_parser("report", help="tables, figures, verdicts", allow_abbrev=False)
     reports.add_argument("out", type=Path, help="folder of one run, or of several")
 
-    listed = "; ".join(f"{name}: {e.question}" for name, e in EXPERIMENTS.items())
-    names = [*EXPERIMENTS, *SAME_RUN]
+    listed = "; ".join(f"{name}: {e.question}" for name, e in EXPERIMENTS.items()) + f"; or {ALL}"
+    names = [*EXPERIMENTS, *SAME_RUN, ALL]
     runs.add_argument("experiment", type=one_of(names), help=listed)
     options = []
 
@@ -81,7 +86,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     option("--dataset", type=one_of(SETS), default="digits", help=", ".join(SETS))
     option("--data", type=Path, help="folder of the other sets, as Parquet files")
     option("--download", action="store_true", help="from the Hugging Face hub, if need be")
-    option("--out", type=Path, help="folder; runs/paper/EXPERIMENT-DATASET-PRESET by default")
+    option("--out", type=Path, help=f"folder; {FOLDER}/EXPERIMENT-DATASET-PRESET by default")
     option("--seeds", type=above(int, 1), help="networks, trained at once, instead of the preset's")
     option("--epochs", type=above(int, 0), help="instead of the preset's")
     for name, known in ("--rules", RULES), ("--optimizers", OPTIMIZERS):
@@ -102,34 +107,29 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return chosen
 
 
-def main(arguments: list[str]) -> None:
-    chosen = parse(arguments)
-    try:
-        if chosen.command == "report":
-            from examples.paper.report import report
+def recorded(arguments: list[str], chosen: argparse.Namespace) -> str:
+    """The command without its folders, which do not settle the numbers and are somebody's own."""
+    folders = {"--data": chosen.data, "--out": chosen.out}
+    values = {str(value) for value in folders.values()}
+    shown = [a for a in arguments if a.split("=")[0] not in folders and a not in values]
+    return shlex.join(
+        ["python", "-m", "examples.paper", *shown, *["--data=FOLDER"] * bool(chosen.data)]
+    )
 
-            report(chosen.out)
-            return
-        setup = {name: getattr(chosen, name) for name in SETUP if getattr(chosen, name) is not None}
-        wanted = plan(
-            chosen.experiment,
-            chosen.preset,
-            chosen.dataset,
-            Choice(chosen.rules, chosen.optimizers, chosen.panels),
-            chosen.seeds,
-            chosen.epochs,
-            **setup,
-        )
-        data = load(chosen.dataset, chosen.data, chosen.download)
-        default = f"runs/paper/{wanted.experiment}-{chosen.dataset}-{chosen.preset}"
-        out = chosen.out or Path(default)
-        # The folders do not settle the numbers, and are somebody's own.
-        given = {"--data": chosen.data, "--out": chosen.out}
-        hidden = {str(value) for value in given.values()}
-        shown = [a for a in arguments if a.split("=")[0] not in given and a not in hidden]
-        if chosen.data:
-            shown.append("--data=FOLDER")
-        command = shlex.join(["python", "-m", "examples.paper", *shown])
+
+def train(chosen: argparse.Namespace, command: str) -> None:
+    every = chosen.experiment == ALL
+    setup = {name: getattr(chosen, name) for name in SETUP if getattr(chosen, name) is not None}
+    choice = Choice(chosen.rules, chosen.optimizers, chosen.panels)
+    plans = [
+        plan(name, chosen.preset, chosen.dataset, choice, chosen.seeds, chosen.epochs, **setup)
+        for name in (EXPERIMENTS if every else [chosen.experiment])
+    ]
+    data = load(chosen.dataset, chosen.data, chosen.download)
+    for wanted in plans:
+        own = "-".join((wanted.experiment, wanted.dataset, wanted.preset))
+        out = FOLDER / own if chosen.out is None else chosen.out / own if every else chosen.out
+        print(f"{wanted.experiment}: {EXPERIMENTS[wanted.experiment].question}", file=sys.stderr)
         run(
             wanted,
             data,
@@ -138,13 +138,29 @@ def main(arguments: list[str]) -> None:
             save_every=chosen.save_every,
             tensorboard=chosen.tensorboard,
         )
-        print(f"Done. Report it: python -m examples.paper report {out}")
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            sys.exit(f"The disk is full: {error}. Make room and run the same command: it goes on.")
-        sys.exit(str(error))
-    except (ValueError, ImportError) as error:
-        sys.exit(str(error))
+    print(f"Done. Report it: python -m examples.paper report {chosen.out or out}")
+
+
+def main(arguments: list[str]) -> None:
+    chosen = parse(arguments)
+    try:
+        if chosen.command == "report":
+            report(chosen.out)
+        else:
+            train(chosen, recorded(arguments, chosen))
+    except (OSError, ValueError, ImportError) as error:
+        sys.exit(f"{error}{FULL_DISK if is_full_disk(error) else ''}")
+
+
+FULL_DISK = "\nThe disk is full. Make room and give the same command again: the run goes on."
+
+
+def is_full_disk(error: Exception) -> bool:
+    """Orbax has no kind of its own for it, only the words of the system."""
+    codes = errno.ENOSPC, errno.EDQUOT
+    return getattr(error, "errno", None) in codes or any(
+        os.strerror(c) in str(error) for c in codes
+    )
 
 
 if __name__ == "__main__":
