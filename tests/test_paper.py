@@ -313,10 +313,37 @@ def test_resumed_run_ends_with_the_same_numbers(save_every, data, tmp_path, monk
     assert numbers(out) == expected
     assert len(records.read(out).runs) == 5
     assert [path.name for path in out.iterdir()] == [records.NAME]
+    assert {run["command"] for run in records.read(out).runs} == {""}
     before = numbers(out)
     monkeypatch.setattr(runner.Lanes, "train", None)  # nothing is left to do
     run(wanted, data, out)
     assert numbers(out) == before
+
+
+def test_checkpoints_of_lines_that_are_gone(data, tmp_path, monkeypatch):
+    wanted = small(PLAIN, grid=())
+    run(wanted, data, tmp_path / "whole")
+    out = tmp_path / "stopped"
+    train = runner.Lanes.train
+
+    def stop(lanes, number):
+        if number == 3:
+            raise StopError
+        return train(lanes, number)
+
+    monkeypatch.setattr(runner.Lanes, "train", stop)
+    with pytest.raises(StopError):
+        run(wanted, data, out, save_every=0.0)
+    monkeypatch.setattr(runner.Lanes, "train", train)
+    (out / records.NAME).unlink()
+    run(wanted, data, out, save_every=0.0)
+    assert numbers(out) == numbers(tmp_path / "whole")
+
+
+def test_damaged_file(tmp_path, capsys):
+    (tmp_path / records.NAME).write_text('{"kind":"run"\n{}\n')
+    assert "epochs.jsonl, line 1: damaged" in refusal(["report", str(tmp_path)], capsys)
+    assert "line 1: damaged" in refusal(["run", "memory", f"--out={tmp_path}"], capsys)
 
 
 def test_killed_process_goes_on(tmp_path):

@@ -148,6 +148,8 @@ def main(arguments: list[str]) -> None:
             report(chosen.out)
         else:
             train(chosen, recorded(arguments, chosen))
+    except KeyboardInterrupt:
+        sys.exit("\nInterrupted. The same command goes on with it.")
     except (OSError, ValueError, ImportError) as error:
         sys.exit(f"{error}{FULL_DISK if is_full_disk(error) else ''}")
 

@@ -66,8 +66,14 @@ def compact(line: dict[str, Any]) -> str:
 
 def lines_of(path: Path) -> list[dict[str, Any]]:
     """All whole lines; one that a kill cut off is not there yet."""
-    text = path.read_text() if path.exists() else ""
-    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    text, lines = path.read_text() if path.exists() else "", []
+    for number, line in enumerate(text.splitlines(keepends=True), start=1):
+        if line.endswith("\n"):
+            try:
+                lines.append(json.loads(line))
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number}: damaged ({error})") from error
+    return lines
 
 
 def replace(path: Path, lines: list[dict[str, Any]]) -> None:

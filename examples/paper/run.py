@@ -29,27 +29,23 @@ from examples.paper.experiments import Plan
 from examples.paper.units import Contender, Lanes, Unit, units_of
 
 
+def commit() -> str:
+    """Of the checkout that this file is in, with "-dirty" if it was changed since."""
+    git, here = "git describe --always --abbrev=40 --dirty", Path(__file__).parent
+    with contextlib.suppress(OSError):
+        return subprocess.run(git.split(), cwd=here, capture_output=True, text=True).stdout.strip()
+    return ""  # there is no git
+
+
 def surroundings() -> dict[str, Any]:
     """Versions, commit and device, as a run line has them."""
     packages = "jax", "jaxlib", "optax", "flax", "numpy", "grapes-optax"
-    git = [
-        "git",
-        "-C",
-        str(Path(__file__).parent),
-        "describe",
-        "--always",
-        "--abbrev=40",
-        "--dirty",
-    ]
-    found = subprocess.run(git, capture_output=True, text=True, check=False)
-    device = jax.devices()[0]
+    versions = {name: metadata.version(name) for name in packages}
+    device = f"{jax.default_backend()} ({jax.devices()[0].device_kind})"
     return {
-        "versions": {
-            "python": platform.python_version(),
-            **{name: metadata.version(name) for name in packages},
-        },
-        "commit": found.stdout.strip() or "unknown",
-        "device": f"{device.platform}: {device.device_kind}, {os.cpu_count()} CPU cores",
+        "versions": {"python": platform.python_version(), **versions},
+        "commit": commit() or "unknown",
+        "device": f"{device}, {os.cpu_count()} cores",
     }
 
 
@@ -74,6 +70,9 @@ class Folder:
         records.replace(self.file, lines)
         for line in lines:
             self.note(line)
+        for step in self.manager.all_steps():
+            if step > self.written:  # of lines that somebody removed
+                self.manager.delete(step)
         self.stream = self.file.open("a")
 
     def __enter__(self) -> "Folder":
@@ -92,7 +91,7 @@ class Folder:
         if not units or len([i for i in epochs if i > units[-1]]) > lines[units[-1]]["epochs"]:
             return lines
         saved = self.manager.latest_step() or 0
-        if saved and epochs[saved - 1] > units[-1]:
+        if 0 < saved <= len(epochs) and epochs[saved - 1] > units[-1]:
             return lines[: epochs[saved - 1] + 1]
         return lines[: units[-1]]
 
