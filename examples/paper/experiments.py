@@ -66,7 +66,7 @@ def accuracy(choice: Choice) -> list[Cell]:
 def factors(choice: Choice) -> list[Cell]:
     cells = contenders("sgd", (*FORMS, *OTHER_FACTORS))
     for optimizer in choice.few(("rmsprop", "adam"), 0):
-        variants = "plain", "local GRAPES", "local, before the optimizer"
+        variants = "plain", *LOCAL, "local, before the optimizer"
         cells += contenders(optimizer, variants, optimizer=optimizer)
     return cells
 
@@ -97,8 +97,7 @@ def spiking(choice: Choice) -> list[Cell]:
     cells = []
     for name in choice.few(tuple(SPIKING)):
         through = ("propagated, through time",) if "recurrent" in name else ()
-        variants = "plain", *LOCAL[:2], *PROPAGATED, *through
-        cells += contenders(name, variants, network=name, **setup)
+        cells += contenders(name, (*FORMS, *through), network=name, **setup)
     return cells
 
 
