@@ -126,19 +126,20 @@ def train(chosen: argparse.Namespace, command: str) -> None:
         for name in (EXPERIMENTS if every else [chosen.experiment])
     ]
     data = load(chosen.dataset, chosen.data, chosen.download)
+    named = every or not chosen.out  # folders of their own
+    out = chosen.out or FOLDER
     for wanted in plans:
         own = "-".join((wanted.experiment, wanted.dataset, wanted.preset))
-        out = FOLDER / own if chosen.out is None else chosen.out / own if every else chosen.out
         print(f"{wanted.experiment}: {EXPERIMENTS[wanted.experiment].question}", file=sys.stderr)
         run(
             wanted,
             data,
-            out,
+            out / own if named else out,
             command,
             save_every=chosen.save_every,
             tensorboard=chosen.tensorboard,
         )
-    print(f"Done. Report it: python -m examples.paper report {chosen.out or out}")
+    print(f"Done. Report it: python -m examples.paper report {out}")
 
 
 def main(arguments: list[str]) -> None:

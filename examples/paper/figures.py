@@ -60,8 +60,8 @@ POINTS = 2000  # of all curves of a figure, so that an SVG stays small
 
 def grid(count: int, legend: int, width: float = 2.3, height: float = 2.1) -> tuple[Figure, Any]:
     """A figure with so many axes, at most five in a row, and room for the legend below."""
-    columns = min(count, COLUMNS)
-    rows = math.ceil(count / columns)
+    rows = math.ceil(count / COLUMNS)
+    columns = math.ceil(count / rows)
     size = max(4.6, 0.6 + width * columns), 0.8 + height * rows + 0.17 * math.ceil(legend / 2)
     figure = Figure(size, layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).flat

@@ -3,7 +3,6 @@
 No conclusion is written by hand: what a sentence says is computed.
 """
 
-import shlex
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -114,17 +113,6 @@ def network(setups: Sequence[Setup]) -> str:
     return "the authors' set-up: " * (set(setups) == {AUTHORS}) + "; ".join(texts)
 
 
-def without_folders(command: str) -> str:
-    """Where the data and the results lie is no part of what was run."""
-    words, kept = iter(shlex.split(command)), []
-    for word in words:
-        if word in ("--data", "--out"):
-            next(words, None)
-        elif not word.startswith(("--data=", "--out=")):
-            kept.append(word)
-    return shlex.join(kept)
-
-
 def at_the_edge(results: Results) -> list[str]:
     """Contenders that might do better still outside the grid."""
     tuned = {r.cell: r.rates for r in results.records if r.phase == TUNING}
@@ -158,7 +146,7 @@ def head(results: Results) -> str:
     tasks = f" of each of {plan.tasks} tasks" * (plan.tasks > 1)
     resumed = f"; resumed {several(len(results.runs) - 1, 'time')}" * (len(results.runs) > 1)
     lines = {
-        "Command": f"`{without_folders(run['command'])}` (folders left out){resumed}",
+        "Command": f"`{run['command']}`{resumed}",
         "Data set": plan.dataset,
         "Set-up": network([cell.setup for cell in plan.cells]),
         "Seeds and epochs": ", ".join(

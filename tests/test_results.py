@@ -1,0 +1,49 @@
+"""The committed results: every number of their reports follows from the lines of the runs."""
+
+from pathlib import Path
+
+import pytest
+
+from examples.paper import figures, records
+from examples.paper import report as reports
+
+RESULTS = Path(__file__).parents[1] / "docs" / "results"
+FOLDERS = sorted(path.parent for path in RESULTS.glob(f"*/{records.NAME}"))
+
+
+@pytest.fixture
+def without_pictures(monkeypatch):
+    """They are drawn, which can fail, but not rendered, which takes long."""
+    monkeypatch.setattr(figures, "save", lambda figure, path: None)
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_report_follows_from_the_lines(folder, tmp_path, without_pictures):
+    (tmp_path / records.NAME).write_bytes((folder / records.NAME).read_bytes())
+    reports.report(tmp_path)
+    expected = (folder / "report.md").read_text()
+    assert (tmp_path / "report.md").read_text() == expected
+    drawn = {path.name for path in folder.glob("*.png")}
+    assert drawn == {f"{name}.png" for name in figures.draw(records.read(folder), tmp_path)}
+    assert {path.stem for path in folder.glob("*.svg")} == {name[:-4] for name in drawn}
+    assert all(f"]({name})" in expected for name in drawn)
+
+
+def test_index_follows_from_the_lines(tmp_path, without_pictures):
+    for folder in FOLDERS:
+        (tmp_path / folder.name).mkdir()
+        (tmp_path / folder.name / records.NAME).symlink_to(folder / records.NAME)
+    reports.report(tmp_path)
+    assert (tmp_path / "README.md").read_text() == (RESULTS / "README.md").read_text()
+
+
+def test_results_are_whole():
+    assert FOLDERS
+    for folder in FOLDERS:
+        found = records.read(folder)
+        assert not reports.missing(found)
+        assert found.plan.scale.seeds >= 5 or found.plan.experiment == "memory"
+        assert found.plan.preset == "standard"
+        for run in found.runs:
+            assert run["commit"].isalnum(), "of a checkout that was changed"
+            assert "--out" not in run["command"]
