@@ -109,8 +109,7 @@ def memory(choice: Choice) -> list[Cell]:
 
 
 def distribution(choice: Choice) -> list[Cell]:
-    variants = "plain", "local GRAPES", "propagated GRAPES"
-    return contenders("BP, sgd", variants)
+    return contenders("BP, sgd", FORMS)
 
 
 def spread(choice: Choice) -> list[Cell]:
