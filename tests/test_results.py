@@ -47,3 +47,18 @@ def test_results_are_whole():
         for run in found.runs:
             assert run["commit"].isalnum(), "of a checkout that was changed"
             assert "--out" not in run["command"]
+
+
+def test_page_quotes_the_reports():
+    """Each row of its tables is a row of some report, whatever the widths of the columns."""
+
+    def rows(text: str) -> set[tuple[str, ...]]:
+        lines = [line for line in text.splitlines() if line.startswith("|")]
+        return {
+            tuple(cell.strip() for cell in line.split("|")) for line in lines if "-|-" not in line
+        }
+
+    reported = set().union(*(rows(path.read_text()) for path in RESULTS.glob("**/*.md")))
+    quoted = rows((RESULTS.parent / "does_it_help.md").read_text())
+    assert quoted
+    assert not quoted - reported

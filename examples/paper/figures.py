@@ -58,10 +58,15 @@ POINTS = 2000  # of all curves of a figure, so that an SVG stays small
 # What pictures share.
 
 
+def columns_for(count: int) -> int:
+    """As few rows as there can be, all of about the same length."""
+    return math.ceil(count / math.ceil(count / COLUMNS))
+
+
 def grid(count: int, legend: int, width: float = 2.3, height: float = 2.1) -> tuple[Figure, Any]:
     """A figure with so many axes, at most five in a row, and room for the legend below."""
-    rows = math.ceil(count / COLUMNS)
-    columns = math.ceil(count / rows)
+    columns = columns_for(count)
+    rows = math.ceil(count / columns)
     size = max(4.6, 0.6 + width * columns), 0.8 + height * rows + 0.17 * math.ceil(legend / 2)
     figure = Figure(size, layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).flat
@@ -147,9 +152,10 @@ def learning_curves(results: Results, phase: str) -> Figure:
 def labelled(
     figure: Figure, axes: Sequence[Axes], x: str, y: str, handles: Mapping[str, Any], title: str
 ) -> Figure:
+    columns = columns_for(len(axes))
     for number, axis in enumerate(axes):
-        axis.set_ylabel(y if number % COLUMNS == 0 else "")
-        axis.set_xlabel(x if number + COLUMNS >= len(axes) else "")
+        axis.set_ylabel(y if number % columns == 0 else "")
+        axis.set_xlabel(x if number + columns >= len(axes) else "")
     legend(figure, handles)
     figure.suptitle(title, fontsize=9)
     return figure
@@ -196,12 +202,17 @@ def mark(axis: Axes, x: float, color: str) -> None:
 # Depth and width.
 
 
-def by_size(results: Results, field: str) -> Figure:
+def both_rates(results: Results) -> tuple[dict[str, dict[Cell, Record]], list[str], Figure, Any]:
+    """Axes for what was trained at the common rate, and for what was at own best ones."""
     phases = {SAME: "at the common learning rate", BEST: "each at its own best rate"}
     trained = {title: at(results, phase) for phase, title in phases.items()}
     trained = {title: records for title, records in trained.items() if records}
     variants = variants_of([cell for records in trained.values() for cell in records])
-    figure, axes = grid(len(trained), len(variants), 3.2, 2.6)
+    return trained, variants, *grid(len(trained), len(variants), 3.2, 2.6)
+
+
+def by_size(results: Results, field: str) -> Figure:
+    trained, variants, figure, axes = both_rates(results)
     for axis, (title, records) in zip(axes, trained.items(), strict=True):
         sizes = sorted({vars(cell.setup)[field] for cell in records})
         axis.set_xscale("log", base=2)
@@ -273,11 +284,7 @@ def matrices(results: Results) -> Figure | None:
 
 def averages(results: Results) -> Figure:
     """The accuracy on the tasks so far, at the end of each."""
-    phases = {SAME: "at the common learning rate", BEST: "each at its own best rate"}
-    trained = {title: at(results, phase) for phase, title in phases.items()}
-    trained = {title: records for title, records in trained.items() if records}
-    variants = variants_of([cell for records in trained.values() for cell in records])
-    figure, axes = grid(len(trained), len(variants), 3.2, 2.6)
+    trained, variants, figure, axes = both_rates(results)
     for axis, (title, records) in zip(axes, trained.items(), strict=True):
         for cell, record in records.items():
             values = 100 * ends(record)
