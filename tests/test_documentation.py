@@ -68,6 +68,6 @@ def test_links_lead_somewhere():
 
 def test_no_private_modules_of_dependencies():
     pattern = re.compile(r"^\s*(?:from|import)\s+(?!grapes_optax)(\w+(?:\.\w+)*\._\w+)", re.M)
-    for source in [*ROOT.glob("grapes_optax/*.py"), *ROOT.glob("examples/*.py")]:
+    for source in [*ROOT.glob("grapes_optax/**/*.py"), *ROOT.glob("examples/**/*.py")]:
         assert not pattern.findall(source.read_text()), source
     assert pattern.findall("from optax._src import base")  # the ruler itself

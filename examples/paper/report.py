@@ -415,6 +415,8 @@ def verdicts(results: Results, found: list[Comparison]) -> str:
         " 10. The controls: plain training; every"
         " node with the mean factor of its layer; every node with its neighbour's factor."
     )
+    if any(c.variant == "authors' DFA" for c in found):
+        note += " The authors' form for DFA has none of its own: those of the local form stand in."
     parts = [comparison_table(results, m, found) for m in metrics_of(results.plan.experiment)]
     rule = (
         "GRAPES counts as better only if it is better than plain training, each at its own best"
