@@ -265,6 +265,8 @@ def test_plan_survives_the_file():
             grid=list(wanted.grid)
         )
         assert {cell.setup.width for cell in wanted.cells} == {7}
+        residual = plan(name, network="ResNet-9").cells
+        assert "authors' DFA" not in {cell.variant for cell in residual}
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -406,6 +408,9 @@ def refusal(arguments, capsys) -> str:
         (["run", "depth", "--seeds=1"], "is not above 1"),
         (["run", "depth", "--seeds=many"], "invalid int value: 'many'"),
         (["run", "depth", "--rate=nan"], "is not above 0"),
+        (["run", "depth", "--rate=inf"], "is not above 0"),
+        (["run", "depth", "--keep=1.5"], "1.5 is not above 0 and at most 1"),
+        (["run", "depth", "--width=0"], "0 is not above 0"),
         (["run", "depth", "more"], "what is 'more'?"),
         (["run", "depth", "--panels=depth 3"], "there is no panel 'depth 3'"),
         (["run", "depth", "--panels=depth 3"], "depth 1, depth 2, depth 4, depth 8"),
@@ -429,6 +434,11 @@ def test_folder_of_another_run(tmp_path, capsys):
     assert numbers(tmp_path) == before
     paper.main(options)
     assert numbers(tmp_path) == before
+
+
+def test_batch_larger_than_the_set(tmp_path, capsys):
+    message = refusal(["run", "depth", "--batch=1500", f"--out={tmp_path}"], capsys)
+    assert "a batch of 1500 is more than the 1122 images to train on" in message
 
 
 def test_command_that_is_recorded_names_no_folder(tmp_path):

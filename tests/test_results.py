@@ -6,6 +6,7 @@ import pytest
 
 from examples.paper import figures, records
 from examples.paper import report as reports
+from examples.paper.statistics import YES, claims, comparisons
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
 FOLDERS = sorted(path.parent for path in RESULTS.glob(f"*/{records.NAME}"))
@@ -47,6 +48,19 @@ def test_results_are_whole():
         for run in found.runs:
             assert run["commit"].isalnum(), "of a checkout that was changed"
             assert "--out" not in run["command"]
+
+
+def test_where_grapes_is_better_than_all_its_controls():
+    """The page says where, and that it is nowhere else."""
+    found = set()
+    for folder in FOLDERS:
+        results = records.read(folder)
+        for claim in claims(results, comparisons(results)):
+            if claim.holds == YES:
+                found.add((folder.name, claim.panel, claim.variant, claim.metric.name))
+    assert found == {
+        ("spread-digits-replication", "pruned 95 %", "local GRAPES", "final test accuracy")
+    }
 
 
 def test_page_quotes_the_reports():

@@ -7,6 +7,7 @@ python -m examples.paper report runs/paper/accuracy-digits-smoke
 import argparse
 import difflib
 import errno
+import math
 import os
 import shlex
 import sys
@@ -23,17 +24,6 @@ from examples.training import RULES
 
 ALL = "all"
 FOLDER = Path("runs/paper")
-
-# Options that change the set-up of all cells: type and what it says.
-SETUP: dict[str, tuple[Any, str]] = {
-    "network": (NETWORKS, "instead of the experiment's own"),
-    "init": (INITS, "initial weights of dense networks"),
-    "width": (int, "nodes of a hidden layer"),
-    "depth": (int, "hidden layers"),
-    "keep": (float, "share of the nodes that dropout keeps"),
-    "rate": (float, "learning rate at which all are compared"),
-    "batch": (int, "images in a step"),
-}
 
 
 def near(name: str, known: Iterable[str]) -> str:
@@ -52,14 +42,28 @@ def one_of(known: Iterable[str]) -> Callable[[str], str]:
     return check
 
 
-def above(kind: Callable[[str], Any], low: float) -> Callable[[str], Any]:
+def above(kind: Callable[[str], Any], low: float, most: float = math.inf) -> Callable[[str], Any]:
     def check(text: str) -> Any:
-        if not low < (value := kind(text)) < float("inf"):
-            raise argparse.ArgumentTypeError(f"{text} is not above {low}")
+        value = kind(text)
+        if not low < value <= most or math.isinf(value):
+            limit = f" and at most {most}" * (most < math.inf)
+            raise argparse.ArgumentTypeError(f"{text} is not above {low}{limit}")
         return value
 
     check.__name__ = kind.__name__  # as argparse calls it where the text is no number
     return check
+
+
+# Options that change the set-up of all cells: what checks them, and what they are.
+SETUP: dict[str, tuple[Callable[[str], Any], str]] = {
+    "network": (one_of(NETWORKS), "instead of the experiment's own"),
+    "init": (one_of(INITS), "initial weights of dense networks"),
+    "width": (above(int, 0), "nodes of a hidden layer"),
+    "depth": (above(int, 0), "hidden layers"),
+    "keep": (above(float, 0, 1), "share of the nodes that dropout keeps"),
+    "rate": (above(float, 0), "learning rate at which all are compared"),
+    "batch": (above(int, 0), "images in a step"),
+}
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -92,8 +96,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     for name, known in ("--rules", RULES), ("--optimizers", OPTIMIZERS):
         option(name, nargs="+", type=one_of(known), default=tuple(known), metavar="NAME")
     option("--panels", nargs="+", default=(), metavar="NAME", help="of the experiment, not all")
-    for name, (kind, text) in SETUP.items():
-        check = one_of(kind) if isinstance(kind, dict) else above(kind, 0)
+    for name, (check, text) in SETUP.items():
         option(f"--{name}", type=check, help=text)
     option("--tensorboard", action="store_true", help="event files too; needs tensorboardX")
     option("--save-every", type=above(float, -1), default=60.0, help="seconds between checkpoints")

@@ -236,6 +236,8 @@ def plan(
         if panel not in panels:
             raise ValueError(f"there is no panel {panel!r} (there are {', '.join(panels)})")
     cells = [cell for cell in cells if cell.panel in (choice.panels or panels)]
+    if setup.get("network", AUTHORS.network) != AUTHORS.network:  # it is for dense layers
+        cells = [cell for cell in cells if cell.variant != "authors' DFA"]
     if smoke:  # compilation takes most of the time
         form = {"DFA": LOCAL}
         cells = [c for c in cells if c.variant in ("plain", *form.get(c.rule, PROPAGATED)[:2])]

@@ -98,7 +98,9 @@ class Contender:
     def __init__(self, plan: Plan, cell: int, data: Data):
         self.plan, self.cell, self.data = plan, plan.cells[cell], data
         self.model, self.method, self.prepare = build(self.cell, plan.dataset)
-        batch = self.cell.setup.batch
+        batch, fewest = self.cell.setup.batch, len(data.train_labels) * 5 // 6
+        if batch > fewest:
+            raise ValueError(f"a batch of {batch} is more than the {fewest} images to train on")
         self.epoch = epoch_of(self.model, self.method, batch=batch, prepare=self.prepare)
 
     def accuracy(self, params: Any, data: Data) -> Array:
