@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import to_rgba
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
@@ -191,7 +191,8 @@ def slowness_bars(results: Results) -> Figure:
 def filled(variant: str) -> dict[str, Any]:
     """Pale, so that points and hatches are seen."""
     color, hatch = LINES[variant][0], HATCHES.get(variant, "")
-    return {"facecolor": to_rgba(color, 0.45), "edgecolor": color, "hatch": hatch, "lw": 0}
+    pale = tuple(1 - 0.45 * (1 - part) for part in to_rgb(color))  # SVG hatches lack transparency
+    return {"facecolor": pale, "edgecolor": color, "hatch": hatch, "lw": 0}
 
 
 def mark(axis: Axes, x: float, color: str) -> None:
