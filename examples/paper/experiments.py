@@ -241,6 +241,6 @@ def plan(
     if smoke:  # compilation takes most of the time
         form = {"DFA": LOCAL}
         cells = [c for c in cells if c.variant in ("plain", *form.get(c.rule, PROPAGATED)[:2])]
-        grid = (1.0, 2.0) if name == "accuracy" else ()
+        grid = (1.0, 2.0) if name == "factors" else ()
     cells = [dataclasses.replace(c, setup=dataclasses.replace(c.setup, **setup)) for c in cells]
     return Plan(name, dataset, preset, scale, experiment.tasks, grid, experiment.observe, cells)
