@@ -46,7 +46,7 @@ def methods(rate: float) -> dict[str, Method]:
 
     def local(**options):
         description = grapes_optax.by_path(where=hidden)
-        return grapes_optax.grapes_sgd(rate, dimension_numbers=description, **options)
+        return grapes_optax.grapes_sgd(rate, weight_dimension_numbers=description, **options)
 
     def propagated(**options):
         return Method(sgd, lambda feedback: [grapes.propagated(hidden, **options)])

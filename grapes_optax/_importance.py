@@ -69,11 +69,11 @@ class Axes(NamedTuple):
         return shape
 
 
-def resolve_axes(dimension_numbers: Any, ndim: int) -> Axes:
-    """Checks `dimension_numbers` against an array of `ndim` axes."""
+def resolve_axes(weight_dimension_numbers: Any, ndim: int) -> Axes:
+    """Checks `weight_dimension_numbers` against an array of `ndim` axes."""
 
     def axes_of(field):
-        value = getattr(dimension_numbers, field)
+        value = getattr(weight_dimension_numbers, field)
         value = (value,) if isinstance(value, int | np.integer) else value
         if not isinstance(value, Sequence) or not all(
             isinstance(axis, int | np.integer) for axis in value
@@ -95,7 +95,7 @@ def resolve_axes(dimension_numbers: Any, ndim: int) -> Axes:
             " is fan-in, or nodes, or (named by neither) a stack of independent layers."
         )
     stack = tuple(axis for axis in range(ndim) if axis not in reduction + output)
-    gates = getattr(dimension_numbers, "gates", 1)
+    gates = getattr(weight_dimension_numbers, "gates", 1)
     if not isinstance(gates, int | np.integer) or gates < 1:
         raise ValueError(f"gates must be a positive int, got {gates!r}.")
     return Axes(reduction, output, stack, int(gates))
@@ -106,9 +106,10 @@ def last_axis(kernel: Any) -> DimensionNumbers:
     return DimensionNumbers(tuple(range(kernel.ndim - 1)), -1)
 
 
-def fan_in_axes(kernel: Any, dimension_numbers: Any) -> Axes:
+def fan_in_axes(kernel: Any, weight_dimension_numbers: Any) -> Axes:
     axes = resolve_axes(
-        last_axis(kernel) if dimension_numbers is None else dimension_numbers, kernel.ndim
+        last_axis(kernel) if weight_dimension_numbers is None else weight_dimension_numbers,
+        kernel.ndim,
     )
     if not axes.reduction:
         raise ValueError("reduction_axis leaves no fan-in: name at least one axis to sum over.")
@@ -248,7 +249,9 @@ def layer_factor(kernels: Sequence[jax.Array], axes: Sequence[Axes], options: Op
     return factor_of(importance, len(axes[0].output), axes[0].gates, *options)
 
 
-def node_importance(kernel: jax.typing.ArrayLike, dimension_numbers: Any = None) -> jax.Array:
+def node_importance(
+    kernel: jax.typing.ArrayLike, weight_dimension_numbers: Any = None
+) -> jax.Array:
     r"""Importance of every node of a layer: the sum of its absolute incoming weights.
 
     .. math::
@@ -256,7 +259,7 @@ def node_importance(kernel: jax.typing.ArrayLike, dimension_numbers: Any = None)
 
     Args:
       kernel: weights of one layer, or of a stack of layers.
-      dimension_numbers: a :class:`DimensionNumbers`, or any object with the same
+      weight_dimension_numbers: a :class:`DimensionNumbers`, or any object with the same
         ``reduction_axis`` and ``output_axis``. ``None`` is the convention of Flax:
         the last axis holds the nodes and all others are fan-in.
 
@@ -280,12 +283,12 @@ def node_importance(kernel: jax.typing.ArrayLike, dimension_numbers: Any = None)
       <https://doi.org/10.1038/s41467-022-29491-2>`_, 2022
     """
     kernel = jnp.asarray(kernel)
-    return incoming_sum(kernel, axes=fan_in_axes(kernel, dimension_numbers))
+    return incoming_sum(kernel, axes=fan_in_axes(kernel, weight_dimension_numbers))
 
 
 def importance_factor(
     kernel: jax.typing.ArrayLike,
-    dimension_numbers: Any = None,
+    weight_dimension_numbers: Any = None,
     *,
     gain: jax.typing.ArrayLike = 2.0,
     bounds: tuple[float, float] | None = (1.0, 2.0),
@@ -302,7 +305,7 @@ def importance_factor(
 
     Args:
       kernel: weights of one layer, or of a stack of layers.
-      dimension_numbers: as in :func:`node_importance`.
+      weight_dimension_numbers: as in :func:`node_importance`.
       gain: g, the factor of a node as strong as the normalizer, before clipping.
       bounds: ``(low, high)``, or ``None`` not to clip.
       normalization: ``"max"`` divides by the strongest node of the layer,
@@ -339,5 +342,5 @@ def importance_factor(
     """
     options = Options(gain, bounds, normalization, control).checked()
     kernel = jnp.asarray(kernel)
-    axes = fan_in_axes(kernel, dimension_numbers)
+    axes = fan_in_axes(kernel, weight_dimension_numbers)
     return layer_factor([kernel], [axes], options)

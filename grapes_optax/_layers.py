@@ -70,21 +70,21 @@ def is_description(x: Any) -> bool:
     return hasattr(x, "reduction_axis") and hasattr(x, "output_axis")
 
 
-def _given(dimension_numbers: Any, params: optax.Params) -> dict[Path, Any]:
+def _given(weight_dimension_numbers: Any, params: optax.Params) -> dict[Path, Any]:
     """The description as the user gave it: by path of a leaf or of a branch."""
-    if dimension_numbers is None:
-        dimension_numbers = by_path()
+    if weight_dimension_numbers is None:
+        weight_dimension_numbers = by_path()
     # A module of Equinox is callable, and may yet be a tree of descriptions.
-    if callable(dimension_numbers) and jax.tree_util.all_leaves([dimension_numbers]):
-        dimension_numbers = dimension_numbers(params)
+    if callable(weight_dimension_numbers) and jax.tree_util.all_leaves([weight_dimension_numbers]):
+        weight_dimension_numbers = weight_dimension_numbers(params)
     flat = jax.tree_util.tree_leaves_with_path(
-        dimension_numbers, is_leaf=lambda x: x is None or is_description(x)
+        weight_dimension_numbers, is_leaf=lambda x: x is None or is_description(x)
     )
     given = {path_names(keys): value for keys, value in flat}
     for path, value in given.items():
         if value is not None and not is_description(value):
             raise TypeError(
-                f"dimension_numbers holds {value!r} at {path_string(path)}: expected"
+                f"weight_dimension_numbers holds {value!r} at {path_string(path)}: expected"
                 " DimensionNumbers (or another object with reduction_axis and output_axis), or"
                 " None for what is not modulated."
             )
@@ -104,7 +104,7 @@ def _described(given: dict[Path, Any], leaves: dict[Path, Leaf], params: Any) ->
         prefix = next((prefix for prefix in prefixes if prefix in given), None)
         if prefix is None:
             raise ValueError(
-                "dimension_numbers does not fit the parameters: it says nothing of"
+                "weight_dimension_numbers does not fit the parameters: it says nothing of"
                 f" {path_string(path)}. None stands for a leaf or branch that is not modulated."
             )
         covered[path] = prefix
@@ -113,7 +113,7 @@ def _described(given: dict[Path, Any], leaves: dict[Path, Leaf], params: Any) ->
         masked = any(hole[: len(path)] == path[: len(hole)] for hole in holes)
         if given[path] is not None and not masked:
             raise ValueError(
-                "dimension_numbers does not fit the parameters: it describes"
+                "weight_dimension_numbers does not fit the parameters: it describes"
                 f" {path_string(path)}, where they have no leaf."
             )
     described = {path: given[prefix] for path, prefix in covered.items()}
@@ -154,12 +154,14 @@ def _resolve(leaf: Leaf, description: Any) -> Axes:
         axes.shape(leaf.array)  # the gates divide it
         return axes
     except (TypeError, ValueError) as error:
-        raise type(error)(f"dimension_numbers of {path_string(leaf.path)}: {error}") from error
+        raise type(error)(
+            f"weight_dimension_numbers of {path_string(leaf.path)}: {error}"
+        ) from error
 
 
-def resolve_layers(params: optax.Params, dimension_numbers: Any) -> list[Layer]:
+def resolve_layers(params: optax.Params, weight_dimension_numbers: Any) -> list[Layer]:
     """Layers of a parameter tree under a description; checks all, computes nothing."""
-    given = _given(dimension_numbers, params)
+    given = _given(weight_dimension_numbers, params)
     leaves = {leaf.path: leaf for leaf in tree_leaves(params)}
     grouped = _with_groups(_described(given, leaves, params), leaves, given)
 
@@ -183,8 +185,8 @@ def resolve_layers(params: optax.Params, dimension_numbers: Any) -> list[Layer]:
             _check(layers[-1])
         elif label not in elsewhere:
             raise ValueError(
-                f"dimension_numbers of {path_string(members[0].path)} leave no fan-in: name a"
-                " reduction_axis to sum over, or (for a bias) the group of a kernel."
+                f"weight_dimension_numbers of {path_string(members[0].path)} leave no fan-in: name"
+                " a reduction_axis to sum over, or (for a bias) the group of a kernel."
             )
     return layers
 

@@ -69,7 +69,7 @@ def align(factor: jax.Array, node_ndim: int, z: jax.Array) -> jax.Array:
 def modulate_error(
     z: jax.Array,
     *kernels: jax.typing.ArrayLike,
-    dimension_numbers: Any = None,
+    weight_dimension_numbers: Any = None,
     gain: jax.typing.ArrayLike = 2.0,
     bounds: tuple[float, float] | None = (1.0, 2.0),
     normalization: Normalization = "max",
@@ -91,7 +91,7 @@ def modulate_error(
       z: pre-activation; its last axes are the nodes.
       *kernels: all kernels that are summed into `z`, an input and a recurrent kernel
         for instance; their importances add up.
-      dimension_numbers: a :class:`DimensionNumbers` for all kernels, or a sequence with
+      weight_dimension_numbers: a :class:`DimensionNumbers` for all kernels, or a sequence with
         one for each; ``None`` is the convention of Flax, nodes on the last axis. The
         pre-activation of a fused cell has gates, ``DimensionNumbers(gates=4)``.
       gain: as in :func:`importance_factor`, like the other options.
@@ -125,10 +125,10 @@ def modulate_error(
     if not kernels:
         raise ValueError("modulate_error needs the kernels that are summed into z.")
     arrays = [jnp.asarray(kernel) for kernel in kernels]
-    one = dimension_numbers is None or hasattr(dimension_numbers, "reduction_axis")
-    numbers: Any = [dimension_numbers] * len(arrays) if one else dimension_numbers
+    one = weight_dimension_numbers is None or hasattr(weight_dimension_numbers, "reduction_axis")
+    numbers: Any = [weight_dimension_numbers] * len(arrays) if one else weight_dimension_numbers
     if len(numbers) != len(arrays):
-        raise ValueError(f"{len(arrays)} kernels have {len(numbers)} dimension_numbers.")
+        raise ValueError(f"{len(arrays)} kernels have {len(numbers)} weight_dimension_numbers.")
     axes = [fan_in_axes(*pair) for pair in zip(arrays, numbers, strict=True)]
     shapes = [a.shape(array) for array, a in zip(arrays, axes, strict=True)]
     if any(shape != shapes[0] for shape in shapes):

@@ -232,7 +232,7 @@ def _listed(leaves: Iterable[Leaf], most: int = 8) -> str:
 
 def warn(what: str) -> None:
     warnings.warn(
-        f"{what} Describe the fan-in and node axes of the kernels with dimension_numbers=, and"
-        " see what is modulated with grapes_optax.summary(params).",
+        f"{what} Describe the fan-in and node axes of the kernels with weight_dimension_numbers=,"
+        " and see what is modulated with grapes_optax.summary(params).",
         stacklevel=3,
     )

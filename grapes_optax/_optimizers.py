@@ -29,7 +29,7 @@ def grapes_sgd(
     nesterov: bool = False,
     accumulator_dtype: Any | None = None,
     *,
-    dimension_numbers: Any = None,
+    weight_dimension_numbers: Any = None,
     gain: jax.typing.ArrayLike = 2.0,
     bounds: tuple[float, float] | None = (1.0, 2.0),
     normalization: Normalization = "max",
@@ -48,7 +48,7 @@ def grapes_sgd(
       momentum: as in ``optax.sgd``.
       nesterov: as in ``optax.sgd``.
       accumulator_dtype: as in ``optax.sgd``.
-      dimension_numbers: as in :func:`scale_by_grapes`. Under
+      weight_dimension_numbers: as in :func:`scale_by_grapes`. Under
         ``optax.inject_hyperparams`` a function must be named in ``static_args``.
       gain: as in :func:`scale_by_grapes`.
       bounds: as in :func:`scale_by_grapes`.
@@ -88,7 +88,7 @@ def grapes_sgd(
     return _modulated(
         optax.sgd(learning_rate, momentum, nesterov, accumulator_dtype),
         modulate,
-        dimension_numbers=dimension_numbers,
+        weight_dimension_numbers=weight_dimension_numbers,
         gain=gain,
         bounds=bounds,
         normalization=normalization,
@@ -107,7 +107,7 @@ def grapes_rmsprop(
     nesterov: bool = False,
     bias_correction: bool = False,
     *,
-    dimension_numbers: Any = None,
+    weight_dimension_numbers: Any = None,
     gain: jax.typing.ArrayLike = 2.0,
     bounds: tuple[float, float] | None = (1.0, 2.0),
     normalization: Normalization = "max",
@@ -134,7 +134,7 @@ def grapes_rmsprop(
       momentum: as in ``optax.rmsprop``.
       nesterov: as in ``optax.rmsprop``.
       bias_correction: as in ``optax.rmsprop``.
-      dimension_numbers: as in :func:`scale_by_grapes`. Under
+      weight_dimension_numbers: as in :func:`scale_by_grapes`. Under
         ``optax.inject_hyperparams`` a function must be named in ``static_args``.
       gain: as in :func:`scale_by_grapes`.
       bounds: as in :func:`scale_by_grapes`.
@@ -179,7 +179,7 @@ def grapes_rmsprop(
             bias_correction,
         ),
         modulate,
-        dimension_numbers=dimension_numbers,
+        weight_dimension_numbers=weight_dimension_numbers,
         gain=gain,
         bounds=bounds,
         normalization=normalization,

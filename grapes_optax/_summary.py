@@ -31,7 +31,7 @@ def _sizes(member: Member) -> list[str]:
 
 def summary(
     params: optax.Params,
-    dimension_numbers: Any = None,
+    weight_dimension_numbers: Any = None,
     *,
     gain: jax.typing.ArrayLike = 2.0,
     bounds: tuple[float, float] | None = (1.0, 2.0),
@@ -42,7 +42,7 @@ def summary(
 
     Args:
       params: the parameters, arrays or (without factors) ``jax.ShapeDtypeStruct``.
-      dimension_numbers: as in :func:`scale_by_grapes`, like the other options.
+      weight_dimension_numbers: as in :func:`scale_by_grapes`, like the other options.
       gain: as in :func:`scale_by_grapes`.
       bounds: as in :func:`scale_by_grapes`.
       normalization: as in :func:`scale_by_grapes`.
@@ -71,7 +71,7 @@ def summary(
     """
     options = Options(gain, bounds, normalization, control).checked()
     cells = {}
-    for layer in resolve_layers(params, dimension_numbers):
+    for layer in resolve_layers(params, weight_dimension_numbers):
         statistics = _statistics(layer, options)
         for members, role in (layer.kernels, "kernel"), (layer.biases, "bias"):
             for member in members:

@@ -34,7 +34,7 @@ def _check(update: Any, member: Member) -> None:
 
 
 def scale_by_grapes(
-    dimension_numbers: Any = None,
+    weight_dimension_numbers: Any = None,
     *,
     gain: jax.typing.ArrayLike = 2.0,
     bounds: tuple[float, float] | None = (1.0, 2.0),
@@ -57,14 +57,14 @@ def scale_by_grapes(
     act twice.
 
     The output layer is not modulated in the paper. A parameter tree does not tell
-    which layer that is: exclude it with ``dimension_numbers=by_path(where=...)``.
+    which layer that is: exclude it with ``weight_dimension_numbers=by_path(where=...)``.
 
     Order matters. Before ``optax.sgd`` or momentum the factor acts on the gradient, as
     in the paper. Optimizers that divide by a running size of the gradient (RMSprop,
     Adam) cancel most of a factor that precedes them; after them it acts fully.
 
     Args:
-      dimension_numbers: which axes of which leaf are fan-in and which are nodes: one
+      weight_dimension_numbers: which axes of which leaf are fan-in and which are nodes: one
         :class:`DimensionNumbers` for the whole tree, a tree of them that fits the
         parameters or is a prefix of them (``None`` for what is not modulated), or a
         function from parameters to such a tree. Any object with the attributes
@@ -114,7 +114,7 @@ def scale_by_grapes(
     def init_fn(params):
         marked = leaves_where(params, lambda node: hasattr(node, "grapes_propagated"))
         if marked:
-            for layer in resolve_layers(params, dimension_numbers):
+            for layer in resolve_layers(params, weight_dimension_numbers):
                 for member in layer.kernels:
                     _check_form(member, member.path in marked)
         return optax.EmptyState()
@@ -127,7 +127,7 @@ def scale_by_grapes(
             )
         factors = {
             member.path: (member, factor)
-            for layer in resolve_layers(params, dimension_numbers)
+            for layer in resolve_layers(params, weight_dimension_numbers)
             for member, factor in layer.factors(options)
         }
 

@@ -35,7 +35,8 @@ def path_names(keys: jax.tree_util.KeyPath) -> Path:
 
 
 def path_string(path: Path) -> str:
-    return "/".join(path) or "(root)"
+    """A path as users write and read it: without the collection `params` of linen."""
+    return "/".join(path[1:] if path[:1] == ("params",) else path) or "(root)"
 
 
 def tree_leaves(tree: Any) -> Iterator[Leaf]:

@@ -27,11 +27,11 @@ def random_like(tree, seed=1):
     return jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), tree)
 
 
-def updated(params, dimension_numbers=None, **options):
+def updated(params, weight_dimension_numbers=None, **options):
     """Random updates before and after the transformation, as dicts by path."""
     params = random_like(params)
     updates = random_like(params, seed=2)
-    transformation = scale_by_grapes(dimension_numbers, **options)
+    transformation = scale_by_grapes(weight_dimension_numbers, **options)
     result, _ = transformation.update(updates, transformation.init(params), params)
     chex.assert_trees_all_equal_structs(result, updates)
 
@@ -42,9 +42,9 @@ def updated(params, dimension_numbers=None, **options):
     return flat(params), flat(updates), flat(result)
 
 
-def assert_modulated(params, expected, dimension_numbers=None):
+def assert_modulated(params, expected, weight_dimension_numbers=None):
     """Checks each leaf: `expected` maps path to (fan-in, node axes) or to its kernel's path."""
-    params, updates, result = updated(params, dimension_numbers)
+    params, updates, result = updated(params, weight_dimension_numbers)
     assert set(expected) <= set(params)
     for path, before in updates.items():
         layout = expected.get(path)
@@ -138,7 +138,7 @@ def test_more_than_one_reading_is_left_alone():
     params = {"net": {"kernel": jnp.ones((4, 4, 4)), "bias": jnp.ones((4, 4))}}
     with pytest.warns(UserWarning, match=r"do not settle: net/kernel \(4, 4, 4\)") as record:
         assert by_path()(params) == {"net": {"kernel": None, "bias": None}}
-    assert "dimension_numbers=" in str(record[0].message)
+    assert "weight_dimension_numbers=" in str(record[0].message)
     # The name of the module tells: a stack of Dense layers.
     assert_modulated(
         {"Dense_0": params["net"]},
@@ -317,7 +317,7 @@ def test_one_warning_if_nothing_is_recognised(params, seen):
     with pytest.warns(UserWarning, match="GRAPES modulates nothing") as record:
         updates, _ = transformation.update(params, transformation.init(params), params)
     assert len(record) == 1
-    for words in "summary(params)", "dimension_numbers=", seen:
+    for words in "summary(params)", "weight_dimension_numbers=", seen:
         assert words in str(record[0].message)
     chex.assert_trees_all_equal(updates, params)
 

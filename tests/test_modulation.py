@@ -50,7 +50,9 @@ CASES = {
 @pytest.mark.parametrize("options", [{}, {"bounds": None}, {"control": "roll"}])
 def test_cotangent_is_multiplied(z, kernel, axes, shape, options):
     kernel = normal(*kernel)
-    actual = cotangent(normal(*z), kernel, dimension_numbers=DimensionNumbers(*axes), **options)
+    actual = cotangent(
+        normal(*z), kernel, weight_dimension_numbers=DimensionNumbers(*axes), **options
+    )
     expected = np.broadcast_to(factor(kernel, *axes, **options).reshape(shape), z)
     np.testing.assert_allclose(actual, expected, rtol=2e-6)
 
@@ -60,13 +62,13 @@ def test_kernels_of_one_pre_activation_and_their_gates():
     sums = np.abs(kernel).sum(0) + np.abs(recurrent).sum(0)
     expected = reference.factor(sums.reshape(4, 3), 1).ravel()
     gated = DimensionNumbers(gates=4)
-    actual = cotangent(normal(2, 12), kernel, recurrent, dimension_numbers=gated)
+    actual = cotangent(normal(2, 12), kernel, recurrent, weight_dimension_numbers=gated)
     np.testing.assert_allclose(actual[0], expected, rtol=2e-6)
     # A gate alone has the same factors: fused and unfused cells agree.
     alone = cotangent(normal(2, 3), kernel[:, 3:6], recurrent[:, 3:6])
     np.testing.assert_allclose(actual[:, 3:6], alone, rtol=1e-6)
     first, second = DimensionNumbers(1, 0), DimensionNumbers(0, 1)
-    mixed = cotangent(normal(2, 12), kernel.T, recurrent, dimension_numbers=[first, second])
+    mixed = cotangent(normal(2, 12), kernel.T, recurrent, weight_dimension_numbers=[first, second])
     np.testing.assert_allclose(mixed, cotangent(normal(2, 12), kernel, recurrent), rtol=1e-6)
 
 
@@ -74,10 +76,10 @@ def test_gates_of_several_node_axes():
     kernel = normal(5, 2, 6)
     numbers = DimensionNumbers(0, (1, 2))
     gated = numbers._replace(gates=3)
-    actual = cotangent(normal(4, 2, 6), kernel, dimension_numbers=gated)
+    actual = cotangent(normal(4, 2, 6), kernel, weight_dimension_numbers=gated)
     for gate in range(3):
         part = slice(2 * gate, 2 * gate + 2)
-        alone = cotangent(normal(4, 2, 2), kernel[..., part], dimension_numbers=numbers)
+        alone = cotangent(normal(4, 2, 2), kernel[..., part], weight_dimension_numbers=numbers)
         np.testing.assert_allclose(actual[..., part], alone, rtol=1e-6)
 
 
@@ -103,22 +105,22 @@ def test_no_gradient_to_the_kernel():
         (
             (4, 7),
             [(5, 7)],
-            {"dimension_numbers": DimensionNumbers(gates=2)},
+            {"weight_dimension_numbers": DimensionNumbers(gates=2)},
             "2 gates do not divide the last node axis, of 7 nodes",
         ),
         (
             (4, 7),
             [(5, 7)],
-            {"dimension_numbers": DimensionNumbers(gates=0)},
+            {"weight_dimension_numbers": DimensionNumbers(gates=0)},
             "gates must be a positive int, got 0",
         ),
         (
             (4, 6),
             [(5, 6), (5, 6)],
-            {"dimension_numbers": [DimensionNumbers(gates=2), DimensionNumbers(gates=3)]},
+            {"weight_dimension_numbers": [DimensionNumbers(gates=2), DimensionNumbers(gates=3)]},
             r"same gates, got \[2, 3\]",
         ),
-        ((4, 7), [(5, 7)], {"dimension_numbers": []}, "1 kernels have 0"),
+        ((4, 7), [(5, 7)], {"weight_dimension_numbers": []}, "1 kernels have 0"),
         ((4, 7), [(7,)], {}, "no fan-in"),
         ((4, 7), [(5, 7)], {"control": "x"}, "Unknown control"),
     ],

@@ -51,7 +51,7 @@ def modulated(factory):
 
     @functools.wraps(factory)
     def wrapper(**kwargs):
-        kwargs["dimension_numbers"] = kwargs.get("dimension_numbers") or by_rank
+        kwargs["weight_dimension_numbers"] = kwargs.get("weight_dimension_numbers") or by_rank
         tx = factory(**kwargs)
 
         def update(updates, state, params, **extra_args):
@@ -66,9 +66,9 @@ def modulated(factory):
 MEAN_ONE = {"gain": 1.0, "bounds": None, "normalization": "mean"}
 
 
-def grapes_adam(learning_rate: optax.ScalarOrSchedule, dimension_numbers=None):
+def grapes_adam(learning_rate: optax.ScalarOrSchedule, weight_dimension_numbers=None):
     # Unbounded and without the control, a weight that starts at 0 would stay there.
-    grapes = scale_by_grapes(dimension_numbers, **MEAN_ONE, control="mean")
+    grapes = scale_by_grapes(weight_dimension_numbers, **MEAN_ONE, control="mean")
     return optax.chain(grapes, optax.adam(learning_rate))
 
 
@@ -115,7 +115,11 @@ CONSTRUCTORS = [
     ("grapes_sgd", grapes_sgd, {"learning_rate": 0.1}),
     ("grapes_rmsprop", grapes_rmsprop, {"learning_rate": 0.1}),
     ("modulated", modulated(scale_by_grapes), {}),
-    ("one_layer", modulated(scale_by_grapes), {"dimension_numbers": DimensionNumbers(group="all")}),
+    (
+        "one_layer",
+        modulated(scale_by_grapes),
+        {"weight_dimension_numbers": DimensionNumbers(group="all")},
+    ),
     ("mean", modulated(scale_by_grapes), {"control": "mean"}),
     ("roll", modulated(scale_by_grapes), {"control": "roll"}),
     ("mean_one", modulated(scale_by_grapes), MEAN_ONE),
@@ -133,8 +137,10 @@ SHARDED = {
     "scale_by_grapes": scale_by_grapes(),
     "grapes_sgd": grapes_sgd(1.0, momentum=0.9),
     "grapes_rmsprop": grapes_rmsprop(1.0),
-    "modulated_sgd": grapes_sgd(1.0, momentum=0.9, dimension_numbers=SPLIT["fan_in"]),
-    "modulated_rmsprop": grapes_rmsprop(1.0, dimension_numbers=SPLIT["nodes"], modulate="updates"),
+    "modulated_sgd": grapes_sgd(1.0, momentum=0.9, weight_dimension_numbers=SPLIT["fan_in"]),
+    "modulated_rmsprop": grapes_rmsprop(
+        1.0, weight_dimension_numbers=SPLIT["nodes"], modulate="updates"
+    ),
     **{
         f"{axis}_{control}": scale_by_grapes(SPLIT[axis], control=control)
         for axis, control in itertools.product(SPLIT, (None, "mean", "roll"))

@@ -1734,7 +1734,7 @@ def test_feeds_the_modulation_of_an_error():
         kernels = [params[name] for name in "wu"]
         numbers = [described[name] for name in "wu"]
         cotangent = jax.grad(
-            lambda z: modulate_error(z, *kernels, dimension_numbers=numbers).sum()
+            lambda z: modulate_error(z, *kernels, weight_dimension_numbers=numbers).sum()
         )(jnp.zeros(12))
         ones = jax.tree.map(jnp.ones_like, params)
         local, _ = scale_by_grapes(described).update(ones, optax.EmptyState(), params)

@@ -186,8 +186,8 @@ def test_inject_a_schedule_of_the_gain():
 
 
 def test_inject_into_the_aliases():
-    make = optax.inject_hyperparams(grapes_sgd, static_args="dimension_numbers")
-    tx = make(optax.linear_schedule(0.1, 0.2, 1), dimension_numbers=HIDDEN)
+    make = optax.inject_hyperparams(grapes_sgd, static_args="weight_dimension_numbers")
+    tx = make(optax.linear_schedule(0.1, 0.2, 1), weight_dimension_numbers=HIDDEN)
     state = tx.init(PARAMS)
     for rate in 0.1, 0.2:
         updates, state = tx.update(GRADS, state, PARAMS)
@@ -347,7 +347,7 @@ def test_aliases_are_chains(alias, optimizer, options, modulate):
     tx = alias(
         0.1,
         **options,
-        dimension_numbers=HIDDEN,
+        weight_dimension_numbers=HIDDEN,
         gain=1.5,
         bounds=(0.5, 1.5),
         control="roll",
