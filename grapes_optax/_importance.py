@@ -1,13 +1,15 @@
 """Importance and factor of the nodes of one layer: arrays and axes in, array out."""
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import reshard
 
 Normalization = Literal["max", "mean"]
@@ -47,6 +49,23 @@ class DimensionNumbers(NamedTuple):
     gates: int = 1
 
 
+class HasAxes(Protocol):
+    """Any object that says which axes of a leaf are which."""
+
+    @property
+    def reduction_axis(self) -> int | Sequence[int]: ...
+
+    @property
+    def output_axis(self) -> int | Sequence[int]: ...
+
+
+WeightDimNumOrFn = HasAxes | optax.Params | Callable[[optax.Params], optax.Params | None]
+
+
+def is_description(x: object) -> bool:
+    return hasattr(x, "reduction_axis") and hasattr(x, "output_axis")
+
+
 class Axes(NamedTuple):
     """Dimension numbers resolved for one array: sorted by kind, none negative."""
 
@@ -55,11 +74,40 @@ class Axes(NamedTuple):
     stack: tuple[int, ...]
     gates: int = 1
 
+    @classmethod
+    def of(
+        cls,
+        ndim: int,
+        output: int | Sequence[int],
+        reduction: int | Sequence[int] | None = None,
+        stack: int | Sequence[int] = (),
+        gates: int = 1,
+    ) -> "Axes":
+        """Checks the axes of an array of `ndim`; what is not named is fan-in, or else a stack."""
+        given = {"reduction_axis": reduction, "output_axis": output, "stack": stack}
+        found = {
+            name: _axes_of(name, value, ndim) for name, value in given.items() if value is not None
+        }
+        named = list(itertools.chain(*found.values()))
+        if not found["output_axis"]:
+            raise ValueError("output_axis is empty: name at least one axis of nodes.")
+        if len(set(named)) < len(named):
+            raise ValueError(
+                f"reduction_axis={reduction} and output_axis={output} must name distinct axes: an"
+                " axis is fan-in, or nodes, or (named by neither) a stack of independent layers."
+            )
+        if isinstance(gates, bool) or not isinstance(gates, int | np.integer) or gates < 1:
+            raise ValueError(f"gates must be a positive int, got {gates!r}.")
+        found["reduction_axis" if reduction is None else "stack"] = tuple(
+            axis for axis in range(ndim) if axis not in named
+        )
+        return cls(found["reduction_axis"], found["output_axis"], found["stack"], int(gates))
+
     @property
     def kept(self) -> tuple[int, ...]:
         return self.stack + self.output
 
-    def shape(self, array: Any) -> tuple[int, ...]:
+    def shape(self, array: jax.typing.ArrayLike | jax.ShapeDtypeStruct) -> tuple[int, ...]:
         """Shape of the importance: stack axes first, then node axes."""
         shape = tuple(np.shape(array)[axis] for axis in self.kept)
         if shape[-1] % self.gates:
@@ -69,57 +117,58 @@ class Axes(NamedTuple):
         return shape
 
 
-def resolve_axes(weight_dimension_numbers: Any, ndim: int) -> Axes:
-    """Checks `weight_dimension_numbers` against an array of `ndim` axes."""
+def _axes_of(name: str, value: object, ndim: int) -> tuple[int, ...]:
+    axes = value if isinstance(value, Sequence) and not isinstance(value, str) else (value,)
+    for axis in axes:
+        if isinstance(axis, bool) or not isinstance(axis, int | np.integer):
+            raise TypeError(f"{name} must be an int or a sequence of ints, got {value!r}.")
+        if not -ndim <= axis < ndim:
+            raise ValueError(f"{name}={value!r} names axis {axis}, out of range for {ndim} axes.")
+    return tuple(int(axis) % ndim for axis in axes)
 
-    def axes_of(field):
-        value = getattr(weight_dimension_numbers, field)
-        value = (value,) if isinstance(value, int | np.integer) else value
-        if not isinstance(value, Sequence) or not all(
-            isinstance(axis, int | np.integer) for axis in value
-        ):
-            raise TypeError(f"{field} must be an int or a sequence of ints, got {value!r}.")
-        for axis in value:
-            if not -ndim <= axis < ndim:
-                raise ValueError(
-                    f"{field}={value!r} names axis {axis}, out of range for {ndim} axes."
-                )
-        return tuple(int(axis) % ndim for axis in value)
 
-    reduction, output = axes_of("reduction_axis"), axes_of("output_axis")
-    if not output:
-        raise ValueError("output_axis is empty: name at least one axis of nodes.")
-    if len(set(reduction + output)) < len(reduction + output):
-        raise ValueError(
-            f"reduction_axis={reduction} and output_axis={output} must name distinct axes: an axis"
-            " is fan-in, or nodes, or (named by neither) a stack of independent layers."
+def resolve_axes(numbers: object, array: jax.typing.ArrayLike | jax.ShapeDtypeStruct) -> Axes:
+    """The axes of an array as a description says, in which the gates divide the nodes."""
+    if not is_description(numbers):
+        raise TypeError(
+            f"weight_dimension_numbers must be DimensionNumbers (or another object with"
+            f" reduction_axis and output_axis), got {numbers!r}."
         )
-    stack = tuple(axis for axis in range(ndim) if axis not in reduction + output)
-    gates = getattr(weight_dimension_numbers, "gates", 1)
-    if not isinstance(gates, int | np.integer) or gates < 1:
-        raise ValueError(f"gates must be a positive int, got {gates!r}.")
-    return Axes(reduction, output, stack, int(gates))
-
-
-def last_axis(kernel: Any) -> DimensionNumbers:
-    """The convention of Flax: the last axis holds the nodes, the others are fan-in."""
-    return DimensionNumbers(tuple(range(kernel.ndim - 1)), -1)
-
-
-def fan_in_axes(kernel: Any, weight_dimension_numbers: Any) -> Axes:
-    axes = resolve_axes(
-        last_axis(kernel) if weight_dimension_numbers is None else weight_dimension_numbers,
-        kernel.ndim,
+    numbers = cast(HasAxes, numbers)
+    axes = Axes.of(
+        np.ndim(array),
+        output=numbers.output_axis,
+        reduction=numbers.reduction_axis,
+        gates=getattr(numbers, "gates", 1),
     )
+    axes.shape(array)
+    return axes
+
+
+def kernel_array(kernel: jax.typing.ArrayLike) -> jax.Array:
+    try:
+        return jnp.asarray(kernel)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"The kernel must be an array of numbers, got {kernel!r}.") from error
+
+
+def fan_in_axes(kernel: jax.Array, numbers: HasAxes | None) -> Axes:
+    """The axes of a kernel; None is the convention of Flax, nodes last and all others fan-in."""
+    if kernel.ndim < 2:
+        raise ValueError(
+            f"A kernel has two axes or more, fan-in and nodes: this one has shape {kernel.shape}."
+        )
+    axes = Axes.of(kernel.ndim, output=-1) if numbers is None else resolve_axes(numbers, kernel)
     if not axes.reduction:
         raise ValueError("reduction_axis leaves no fan-in: name at least one axis to sum over.")
-    axes.shape(kernel)  # the gates divide it
     return axes
 
 
 @functools.partial(jax.jit, static_argnames=("axes",), inline=True)
 def incoming_sum(kernel: jax.Array, axes: Axes) -> jax.Array:
     """Sum of the absolute incoming weights, at least in float32, stack axes first."""
+    if not jnp.issubdtype(kernel.dtype, jnp.inexact):
+        kernel = kernel.astype(jnp.float32)  # the magnitude of an int8 of -128 is no int8
     magnitude = jnp.abs(kernel)
     # A bfloat16 sum over a usual fan-in is off by about 1 %.
     dtype = magnitude.dtype if magnitude.dtype == jnp.float64 else jnp.float32
@@ -173,7 +222,7 @@ CONTROLS: dict[str | None, Callable[..., jax.Array]] = {
 class Options(NamedTuple):
     """How an importance becomes a factor; checked once, where the user passes it."""
 
-    gain: Any = 2.0
+    gain: jax.typing.ArrayLike = 2.0
     bounds: tuple[float, float] | None = (1.0, 2.0)
     normalization: str = "max"
     control: str | None = None
@@ -183,25 +232,42 @@ class Options(NamedTuple):
             ("normalization", self.normalization, NORMALIZERS),
             ("control", self.control, CONTROLS),
         ):
-            if value not in table:
+            if value not in list(table):
                 raise ValueError(f"Unknown {name} {value!r}: choose one of {list(table)}.")
-        if not isinstance(self.gain, int | float | np.number | np.ndarray | jax.Array):
-            raise TypeError(f"gain must be a number or a scalar array, got {self.gain!r}.")
-        if isinstance(self.gain, int | float | np.number) and not 0 <= self.gain < math.inf:
-            raise ValueError(f"gain must be finite and not negative, got {self.gain}.")
-        if self.bounds is None:
-            return self
-        try:
-            low, high = map(float, self.bounds)
-        except (TypeError, ValueError) as error:
-            raise ValueError(
-                f"bounds must be a pair (low, high), or None not to clip; got {self.bounds!r}."
-            ) from error
-        if not 0 <= low <= high:
-            raise ValueError(
-                f"bounds must satisfy 0 <= low <= high, got {self.bounds}; None does not clip."
-            )
-        return self._replace(bounds=(low, high))
+        _check_gain(self.gain)
+        return self._replace(bounds=_checked_bounds(self.bounds))
+
+
+def _is_real(x: jax.typing.ArrayLike) -> bool:
+    dtype = jnp.result_type(x)
+    return jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)
+
+
+def _check_gain(gain: object) -> None:
+    kinds = int | float | np.number | np.ndarray | jax.Array
+    if isinstance(gain, bool) or not isinstance(gain, kinds):
+        raise TypeError(
+            f"gain must be a number, got {gain!r}. A schedule goes through"
+            " optax.inject_hyperparams(scale_by_grapes)(gain=schedule)."
+        )
+    if np.shape(gain) or not _is_real(gain):
+        raise ValueError(f"gain must be one real number, got {gain!r}.")
+    if not isinstance(gain, jax.core.Tracer) and not 0 <= float(gain) < math.inf:
+        raise ValueError(f"gain must be finite and not negative, got {gain}.")
+
+
+def _checked_bounds(bounds: object) -> tuple[float, float] | None:
+    if bounds is None:
+        return None
+    try:
+        low, high = map(float, cast(Sequence, bounds) if not isinstance(bounds, str) else ())
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"bounds must be a pair of numbers (low, high), or None not to clip; got {bounds!r}."
+        ) from error
+    if not 0 <= low <= high or low == math.inf:
+        raise ValueError(f"bounds must satisfy 0 <= low <= high, got {bounds}; None does not clip.")
+    return low, high
 
 
 @functools.partial(
@@ -213,7 +279,7 @@ def factor_of(
     importance: jax.Array,
     node_ndim: int,
     gates: int,
-    gain: Any,
+    gain: jax.typing.ArrayLike,
     bounds: tuple[float, float] | None,
     normalization: str,
     control: str | None,
@@ -282,13 +348,13 @@ def node_importance(
       optimization of deep neural networks
       <https://doi.org/10.1038/s41467-022-29491-2>`_, 2022
     """
-    kernel = jnp.asarray(kernel)
+    kernel = kernel_array(kernel)
     return incoming_sum(kernel, axes=fan_in_axes(kernel, weight_dimension_numbers))
 
 
 def importance_factor(
     kernel: jax.typing.ArrayLike,
-    weight_dimension_numbers: Any = None,
+    weight_dimension_numbers: HasAxes | None = None,
     *,
     gain: jax.typing.ArrayLike = 2.0,
     bounds: tuple[float, float] | None = (1.0, 2.0),
@@ -341,6 +407,6 @@ def importance_factor(
       <https://doi.org/10.1038/s41467-022-29491-2>`_, 2022
     """
     options = Options(gain, bounds, normalization, control).checked()
-    kernel = jnp.asarray(kernel)
+    kernel = kernel_array(kernel)
     axes = fan_in_axes(kernel, weight_dimension_numbers)
     return layer_factor([kernel], [axes], options)

@@ -5,30 +5,44 @@ added to it; all share one factor. This module turns a parameter tree and a desc
 of its leaves into a list of layers.
 """
 
+import itertools
 import math
-from collections.abc import Container, Hashable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Hashable, Iterable, Iterator
+from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from grapes_optax._importance import (
     Axes,
-    DimensionNumbers,
+    HasAxes,
     Options,
-    expand,
+    WeightDimNumOrFn,
+    is_description,
     layer_factor,
     resolve_axes,
 )
-from grapes_optax._names import bias_axes, bias_of, by_path
-from grapes_optax._tree import Leaf, Path, leaves_where, path_names, path_string, tree_leaves
+from grapes_optax._names import (
+    ByPath,
+    Description,
+    bias_axes,
+    bias_of,
+    by_path,
+    masked_note,
+    read_names,
+    torn,
+    without_kernel,
+)
+from grapes_optax._tree import Leaf, Path, holes, path_names, path_string, tree_leaves
+from grapes_optax._warn import warn
 
 
 class Member(NamedTuple):
     """One leaf of a layer."""
 
     path: Path
-    array: Any
+    array: jax.Array | jax.ShapeDtypeStruct
     axes: Axes
 
     @property
@@ -57,28 +71,27 @@ class Layer(NamedTuple):
         )
 
     def factors(self, options: Options) -> Iterator[tuple[Member, jax.Array]]:
-        """Every member, and the factor in line with its axes."""
+        """Every member, and the factor of its nodes in its own shape: stack, then nodes."""
         factor = self.factor(options)
         for member in self.kernels + self.biases:
             one_gate = math.prod(member.shape) < factor.size
             # A bias as long as one gate belongs to the last.
             part = factor[..., -(factor.shape[-1] // self.gates) :] if one_gate else factor
-            yield member, expand(part.reshape(member.shape), member.axes)
+            yield member, part.reshape(member.shape)
 
 
-def is_description(x: Any) -> bool:
-    return hasattr(x, "reduction_axis") and hasattr(x, "output_axis")
-
-
-def _given(weight_dimension_numbers: Any, params: optax.Params) -> dict[Path, Any]:
+def _given(numbers: WeightDimNumOrFn, params: optax.Params) -> dict[Path, HasAxes | None]:
     """The description as the user gave it: by path of a leaf or of a branch."""
-    if weight_dimension_numbers is None:
-        weight_dimension_numbers = by_path()
     # A module of Equinox is callable, and may yet be a tree of descriptions.
-    if callable(weight_dimension_numbers) and jax.tree_util.all_leaves([weight_dimension_numbers]):
-        weight_dimension_numbers = weight_dimension_numbers(params)
+    if callable(numbers) and jax.tree_util.all_leaves([numbers]):
+        numbers = numbers(params)
+        if numbers is None:
+            raise TypeError(
+                "weight_dimension_numbers is a function that returned None: it must return a tree"
+                " of DimensionNumbers that fits the parameters."
+            )
     flat = jax.tree_util.tree_leaves_with_path(
-        weight_dimension_numbers, is_leaf=lambda x: x is None or is_description(x)
+        numbers, is_leaf=lambda x: x is None or is_description(x)
     )
     given = {path_names(keys): value for keys, value in flat}
     for path, value in given.items():
@@ -91,103 +104,115 @@ def _given(weight_dimension_numbers: Any, params: optax.Params) -> dict[Path, An
     return given
 
 
-def _is_hole(x: Any) -> bool:
-    """Whether a transformation or a framework has taken the leaves away here."""
-    return x is None or isinstance(x, optax.MaskedNode)
+def _read_tree(numbers: WeightDimNumOrFn, params: optax.Params) -> Description:
+    """What a tree of descriptions, a prefix of one, or a single one says of each leaf."""
+    given = _given(numbers, params)
+    leaves = {leaf.path: leaf for leaf in tree_leaves(params)}
+    missing = holes(params)
+    covers = _covers(given, leaves, missing)
+    wanted = {path: given[cover] for path, cover in covers.items() if given[cover] is not None}
+
+    described: dict[Path, tuple[Axes, Hashable]] = {}
+    for path, value in wanted.items():
+        bias = bias_of(leaves[path], leaves) if _group(value) is None else None
+        if bias and bias.path in wanted and _group(wanted[bias.path]) is None:
+            along = bias_axes(bias, leaves[path], _resolve(leaves[path], value))
+            if along:
+                described[bias.path] = along, path_string(path)
+    for path, value in wanted.items():
+        if path not in described and (path in given or leaves[path].may_be_kernel):
+            group = path_string(path) if _group(value) is None else _group(value)
+            described[path] = _resolve(leaves[path], value), group
+
+    # A layer of which a kernel is masked, or in another partition, has no importance.
+    gone = {
+        _group(value): path_string(hole)
+        for path, value in given.items()
+        if _group(value) is not None
+        and value.reduction_axis != ()
+        and (hole := _hole_at(path, missing)) is not None
+    }
+    alone = [leaves[path] for path in without_kernel(leaves, missing) if path in wanted]
+    for path, (axes, group) in list(described.items()):
+        if group in gone and axes.reduction:
+            raise torn(path_string(path), gone[group])
+        if group in gone:
+            alone.append(leaves[path])
+            del described[path]
+    return Description(described, masked_note(alone))
 
 
-def _described(given: dict[Path, Any], leaves: dict[Path, Leaf], params: Any) -> dict[Path, Any]:
-    """The description that covers each leaf; leaves that are not modulated drop out."""
-    covered = {}
+def _covers(
+    given: dict[Path, HasAxes | None], leaves: Iterable[Path], missing: set[Path]
+) -> dict[Path, Path]:
+    """The described beginning of the path of each leaf; description and leaves must fit."""
+    covers = {}
     for path in leaves:
-        prefixes = (path[:n] for n in range(len(path), -1, -1))
-        prefix = next((prefix for prefix in prefixes if prefix in given), None)
-        if prefix is None:
+        beginnings = (path[:n] for n in range(len(path), -1, -1))
+        cover = next((beginning for beginning in beginnings if beginning in given), None)
+        if cover is None:
             raise ValueError(
                 "weight_dimension_numbers does not fit the parameters: it says nothing of"
                 f" {path_string(path)}. None stands for a leaf or branch that is not modulated."
             )
-        covered[path] = prefix
-    holes = leaves_where(params, _is_hole)
-    for path in given.keys() - set(covered.values()) - {()}:
-        masked = any(hole[: len(path)] == path[: len(hole)] for hole in holes)
-        if given[path] is not None and not masked:
+        covers[path] = cover
+    for path in given.keys() - set(covers.values()) - {()}:
+        if given[path] is not None and _hole_at(path, missing) is None:
             raise ValueError(
                 "weight_dimension_numbers does not fit the parameters: it describes"
                 f" {path_string(path)}, where they have no leaf."
             )
-    described = {path: given[prefix] for path, prefix in covered.items()}
-    return {path: value for path, value in described.items() if value is not None}
+    return covers
 
 
-def _with_groups(
-    described: dict[Path, Any], leaves: dict[Path, Leaf], alone: Container[Path] = ()
-) -> dict[Path, DimensionNumbers]:
-    """Gives every leaf a group: that of its own, or for a bias that of its kernel.
-
-    What stands in `alone` was described by itself; elsewhere a leaf that cannot be a
-    kernel (a norm in a branch that one description covers) drops out.
-    """
-
-    def group(path):
-        return getattr(described[path], "group", None)
-
-    grouped = {}
-    for path, value in described.items():
-        bias = bias_of(leaves[path], leaves)
-        if group(path) is None and bias and bias.path in described and group(bias.path) is None:
-            axes = bias_axes(bias, leaves[path], _resolve(leaves[path], value))
-            if axes:
-                label = path_string(path)
-                grouped[bias.path] = DimensionNumbers((), axes.output, label)
-    for path, value in described.items():
-        if path not in grouped and (path in alone or leaves[path].may_be_kernel):
-            label = path_string(path) if group(path) is None else group(path)
-            gates = getattr(value, "gates", 1)
-            grouped[path] = DimensionNumbers(value.reduction_axis, value.output_axis, label, gates)
-    return grouped
+def _hole_at(path: Path, missing: set[Path]) -> Path | None:
+    """Where leaves are missing that a description of this path covers, or covered."""
+    above = (path[:n] for n in range(len(path) + 1) if path[:n] in missing)
+    below = (hole for hole in missing if hole[: len(path)] == path)
+    return next(itertools.chain(above, below), None)
 
 
-def _resolve(leaf: Leaf, description: Any) -> Axes:
+def _group(value: HasAxes | None) -> Hashable:
+    return getattr(value, "group", None)
+
+
+def _resolve(leaf: Leaf, value: HasAxes) -> Axes:
     try:
-        axes = resolve_axes(description, leaf.ndim)
-        axes.shape(leaf.array)  # the gates divide it
-        return axes
+        hash(_group(value))
+        if not jnp.issubdtype(leaf.array.dtype, jnp.inexact):
+            raise TypeError(f"a leaf of {leaf.array.dtype} cannot be modulated.")
+        return resolve_axes(value, leaf.array)
     except (TypeError, ValueError) as error:
-        raise type(error)(
-            f"weight_dimension_numbers of {path_string(leaf.path)}: {error}"
-        ) from error
+        message = f"weight_dimension_numbers of {path_string(leaf.path)}: {error}"
+        raise type(error)(message) from error
 
 
-def resolve_layers(params: optax.Params, weight_dimension_numbers: Any) -> list[Layer]:
+def resolve_layers(
+    params: optax.Params, weight_dimension_numbers: WeightDimNumOrFn | None, *, quiet: bool = False
+) -> list[Layer]:
     """Layers of a parameter tree under a description; checks all, computes nothing."""
-    given = _given(weight_dimension_numbers, params)
+    numbers = by_path() if weight_dimension_numbers is None else weight_dimension_numbers
+    if isinstance(numbers, ByPath):
+        described, notes = read_names(params, numbers.where)
+    else:
+        described, notes = _read_tree(numbers, params)
+    for note in () if quiet else notes:
+        warn(note)
     leaves = {leaf.path: leaf for leaf in tree_leaves(params)}
-    grouped = _with_groups(_described(given, leaves, params), leaves, given)
-
     groups: dict[Hashable, list[Member]] = {}
-    for path, value in grouped.items():
-        member = Member(path, leaves[path].array, _resolve(leaves[path], value))
-        groups.setdefault(value.group, []).append(member)
-
-    # A bias whose kernel is masked, or in another partition, has no importance.
-    elsewhere = {
-        getattr(value, "group", None)
-        for path, value in given.items()
-        if path not in leaves and value is not None and value.reduction_axis != ()
-    }
+    for path, (axes, group) in described.items():
+        groups.setdefault(group, []).append(Member(path, leaves[path].array, axes))
     layers = []
     for label, members in groups.items():
         kernels = tuple(member for member in members if member.axes.reduction)
         biases = tuple(member for member in members if not member.axes.reduction)
-        if kernels:
-            layers.append(Layer(label, kernels, biases))
-            _check(layers[-1])
-        elif label not in elsewhere:
+        if not kernels:
             raise ValueError(
                 f"weight_dimension_numbers of {path_string(members[0].path)} leave no fan-in: name"
                 " a reduction_axis to sum over, or (for a bias) the group of a kernel."
             )
+        layers.append(Layer(label, kernels, biases))
+        _check(layers[-1])
     return layers
 
 

@@ -2,22 +2,31 @@
 
 import itertools
 import re
-import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Container, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 import optax
 
-from grapes_optax._conventions import BIASES, CONVENTIONS, PAIRS, Beside, Convention
+from grapes_optax._conventions import BIASES, CONVENTIONS, PAIRS, VECTORS, Beside, Convention
 from grapes_optax._importance import Axes, DimensionNumbers
-from grapes_optax._tree import Leaf, Path, path_names, path_string, tree_leaves
+from grapes_optax._tree import Leaf, Path, holes, path_names, path_string, tree_leaves
+from grapes_optax._warn import warn
 
 Leaves = Mapping[Path, Leaf]
+Where = Callable[[str], bool]
 
 
-def kernel_paths(params: Any) -> list[Path]:
+class Description(NamedTuple):
+    """Axes and group of the leaves to modulate, and what is to be said of the others."""
+
+    leaves: dict[Path, tuple[Axes, Hashable]]
+    notes: list[str]
+
+
+def kernel_paths(params: optax.Params) -> list[Path]:
     """Paths of all leaves that bear the name of a kernel and may be one."""
     return [leaf.path for leaf in tree_leaves(params) if _has_name_of_kernel(leaf)]
 
@@ -30,8 +39,12 @@ def _has_name_of_kernel(leaf: Leaf) -> bool:
 
 
 def bias_of(kernel: Leaf, leaves: Leaves) -> Leaf | None:
-    name = BIASES.get(kernel.path[-1]) if kernel.path else None
-    return leaves.get((*kernel.path[:-1], name)) if name else None
+    """The leaf beside a kernel that bears the name of its bias."""
+    *holder, own = kernel.path or ("",)
+    usual, *others = BIASES.get(own, ("",))
+    alone = not any((*holder, name) in leaves for name in BIASES if name != own)
+    beside = (leaves.get((*holder, name)) for name in [usual, *(others if alone else ())])
+    return next((leaf for leaf in beside if leaf), None)
 
 
 def bias_axes(bias: Leaf, kernel: Leaf, axes: Axes) -> Axes | None:
@@ -45,9 +58,9 @@ def bias_axes(bias: Leaf, kernel: Leaf, axes: Axes) -> Axes | None:
         kept.insert(axis, axis)  # as nn.scan does: at the end where the bias is too short
     ones = tuple(range(len(kept), bias.ndim))
     for share in 1, axes.gates:
-        sizes = {axis: np.shape(kernel.array)[axis] for axis in kept}
+        sizes = {axis: kernel.shape[axis] for axis in kept}
         sizes[axes.output[-1]] //= share
-        if np.shape(bias.array) == (*sizes.values(), *(1 for _ in ones)):
+        if bias.shape == (*sizes.values(), *(1 for _ in ones)):
             place = kept.index
             return Axes((), (*map(place, axes.output), *ones), tuple(map(place, axes.stack)))
     return None
@@ -73,105 +86,292 @@ class Cell(NamedTuple):
         return nodes // features if nodes and features and nodes % features == 0 else None
 
 
+def _split(path: Path) -> Path:
+    return tuple("/".join(path).split("/"))  # Haiku joins the names of modules by slashes
+
+
+def _partners(names: Path) -> Iterator[tuple[Path, bool]]:
+    """Where the other kernel of a cell would lie, and whether this one reads the input."""
+    for pair, depth in itertools.product(PAIRS, (1, 2)):  # names of leaves, or of modules
+        outer, own, inner = names[:-depth], names[-depth:][:1], names[len(names) - depth + 1 :]
+        if re.search(pair.parent, "/".join(outer)):
+            if own == (pair.input,):
+                yield (*outer, pair.carry, *inner), True
+            if own == (pair.carry,):
+                yield (*outer, pair.input, *inner), False
+
+
 def cells_of(shapes: Mapping[Path, Sequence[int]]) -> dict[Path, Cell]:
     """The cell of every kernel that has one, by its name and its sibling's."""
-    # Haiku joins the names of modules by slashes.
-    known = {tuple("/".join(path).split("/")): path for path in shapes}
+    known = {_split(path): path for path in shapes}
     cells = {}
     for names, path in known.items():
-        for pair, depth in itertools.product(PAIRS, (1, 2)):  # names of leaves, or of modules
-            outer, inner = names[:-depth], names[len(names) - depth + 1 :]
-            carry = known.get((*outer, pair.carry, *inner))
-            named = names[-depth:][:1] == (pair.input,) and re.search(pair.parent, "/".join(outer))
-            if named and carry is not None:
+        for partner, reads_input in _partners(names):
+            carry = known.get(partner)
+            if reads_input and carry is not None:
                 cell = Cell((path, carry), (shapes[path], shapes[carry]))
                 cells[path] = cells[carry] = cell
     return cells
 
 
+def torn(here: str, gone: str) -> ValueError:
+    return ValueError(
+        f"{here} and {gone} are summed into one pre-activation, whose importance needs both, but"
+        f" {gone} is masked or in another partition: keep them together, or describe {here} as a"
+        " layer of its own with weight_dimension_numbers=."
+    )
+
+
 # Kernels.
 
 
-class _Reading(NamedTuple):
+class Reading(NamedTuple):
+    """One way to read a kernel."""
+
     axes: Axes
     group: tuple[Path, ...]  # kernels that share the importance
+    is_told: bool  # by more than the name of the leaf
 
 
-def _axes(row: Convention, ndim: int) -> Axes | None:
-    """Axes of a kernel as a row says; None where it has not enough of them."""
-    named = [*(row.output or ()), *(row.reduction or ()), *row.stack]
-    if not all(-ndim <= axis < ndim for axis in named):
-        return None
-    output, reduction, stack = (
-        tuple(axis % ndim for axis in axes or ()) for axes in (row.output, row.reduction, row.stack)
-    )
-    rest = tuple(axis for axis in range(ndim) if axis not in output + reduction + stack)
-    reduction, stack = (reduction, rest) if row.reduction else (rest, stack)
-    distinct = len(set(output + reduction + stack)) == len(output + reduction + stack)
-    return Axes(reduction, output, stack, row.gates) if reduction and distinct else None
+class Names:
+    """What names, shapes and biases say about the kernels of a tree."""
 
+    def __init__(self, params: optax.Params):
+        self.leaves = {leaf.path: leaf for leaf in tree_leaves(params)}
+        self.kernels = [leaf for leaf in self.leaves.values() if _has_name_of_kernel(leaf)]
+        self.cells = cells_of({leaf.path: leaf.shape for leaf in self.kernels})
+        # Branches all of whose vectors have rank 2: what lies there is a stack of layers.
+        vectors = [leaf for path, leaf in self.leaves.items() if path and path[-1] in VECTORS]
+        self.stacks = {vector.path[:-2] for vector in vectors if vector.ndim > 1}
+        self.stacks -= {vector.path[:-2] for vector in vectors if vector.ndim == 1}
+        # Names whose order is another in this tree: a bias fits its kernel, but not our rows.
+        self.disproved = {
+            kernel.path[-1]
+            for kernel in self.kernels
+            if (bias := self.bias(kernel))
+            and set(bias.shape) <= set(kernel.shape)
+            and not self.readings(kernel)
+        }
 
-def _has_beside(kernel: Leaf, beside: Beside | None, leaves: Leaves) -> bool:
-    if beside is None:
-        return True
-    other = leaves.get((*kernel.path[:-2], beside.module, kernel.path[-1]))
-    if other is None or other.ndim != kernel.ndim:
-        return False
-    shape, own = np.shape(other.array), np.shape(kernel.array)
-    return [own[axis] for axis in beside.own] == [shape[axis] for axis in beside.axes]
+    def bias(self, kernel: Leaf) -> Leaf | None:
+        """The bias of a kernel, or of the other one of its cell."""
+        cell = self.cells.get(kernel.path)
+        owners = [kernel, *(self.leaves[path] for path in (cell.paths if cell else ()))]
+        return next((bias for owner in owners if (bias := bias_of(owner, self.leaves))), None)
 
+    def is_none(self, kernel: Leaf) -> bool:
+        """Whether the names say that it is no kernel: an embedding, a norm."""
+        rows = (row for row in itertools.chain(*CONVENTIONS) if row.output is None)
+        return any(self._is_meant(row, kernel) for row in rows)
 
-def _readings(kernel: Leaf, leaves: Leaves, cell: Cell | None) -> list[_Reading] | None:
-    """How names, shapes and biases allow to read a kernel; None for what is no kernel."""
-    names = (*kernel.path[-2:-1], kernel.module)
-    # Of the two kernels of a cell one may have the bias.
-    owners = [kernel, *(leaves[path] for path in (cell.paths if cell else ()))]
-    bias = next((bias for owner in owners if (bias := bias_of(owner, leaves))), None)
-    settled_by_bias = []
-    for row in CONVENTIONS:
-        if not (
+    def readings(self, kernel: Leaf) -> set[Reading]:
+        """What the first alternatives of which any fits allow."""
+        for rows in CONVENTIONS:
+            read = (self._read(row, kernel) for row in rows if self._is_meant(row, kernel))
+            if found := set(filter(None, read)):
+                return found
+        return set()
+
+    def settled(self, kernel: Leaf) -> Reading | None:
+        """The one reading of a kernel that nothing in the tree speaks against."""
+        if len(found := self.readings(kernel)) != 1:
+            return None
+        (reading,), bias = found, self.bias(kernel)
+        nodes = [kernel.shape[axis] for axis in reading.axes.output]
+        is_proved = bias is not None and all(kernel.shape.count(size) == 1 for size in nodes)
+        doubtful = kernel.path[-1] in self.disproved and not (reading.is_told or is_proved)
+        return None if doubtful else reading
+
+    def _is_meant(self, row: Convention, kernel: Leaf) -> bool:
+        names = (*kernel.path[-2:-1], kernel.module)
+        return (
             kernel.path[-1] == row.leaf
             and row.ndim in (None, kernel.ndim)
-            and row.with_bias in (None, bias is not None)
             and any(re.search(row.module, name) for name in names)
-            and _has_beside(kernel, row.beside, leaves)
-        ):
-            continue
-        if not row.output:
-            return None if row.output is None else []
-        axes = _axes(row, kernel.ndim)
-        if axes is None or np.shape(kernel.array)[axes.output[-1]] % row.gates:
-            continue
+            and (row.beside is None or self._has_beside(kernel, row.beside))
+        )
+
+    def _has_beside(self, kernel: Leaf, beside: Beside) -> bool:
+        other = self.leaves.get((*kernel.path[:-2], beside.module, kernel.path[-1]))
+        if other is None or other.ndim != kernel.ndim:
+            return False
+        sizes = [kernel.shape[axis] for axis in beside.own]
+        return sizes == [other.shape[axis] for axis in beside.axes]
+
+    def _read(self, row: Convention, kernel: Leaf) -> Reading | None:
+        bias = self.bias(kernel)
+        named = row.reduction or row.stack or row.beside
+        if bias is None and (row.with_bias or (not named and self._may_be_stack(kernel))):
+            return None
+        try:
+            axes = Axes.of(kernel.ndim, row.output or (), row.reduction, row.stack, row.gates)
+            axes.shape(kernel.array)
+        except ValueError:
+            return None  # too few axes, or nodes that the gates do not divide
+        cell = self.cells.get(kernel.path)
         gates = cell and cell.gates(axes)
-        reading = _Reading(axes, (kernel.path,))
-        if cell and gates:
-            reading = _Reading(axes._replace(gates=gates), cell.paths)
-        if bias is None or bias_axes(bias, kernel, reading.axes):
-            if not row.with_bias:
-                return settled_by_bias or [reading]
-            settled_by_bias.append(reading)
-    return settled_by_bias
+        group = cell.paths if cell and gates else (kernel.path,)
+        axes = axes._replace(gates=gates or axes.gates)
+        fits = axes.reduction and (bias is None or bias_axes(bias, kernel, axes))
+        return Reading(axes, group, row.is_told) if fits else None
+
+    def _may_be_stack(self, kernel: Leaf) -> bool:
+        return kernel.ndim > 2 and kernel.path[:-2] in self.stacks
 
 
-def by_path(where: Callable[[str], bool] | None = None) -> Callable[[optax.Params], Any]:
+def read_names(params: optax.Params, where: Where | None = None) -> Description:
+    """Describes the leaves of a tree by their names; refuses a `where` that cannot be followed."""
+    names = Names(params)
+    places = {leaf.path: place for place, leaf in enumerate(names.kernels)}
+    kernels = [kernel for kernel in names.kernels if not names.is_none(kernel)]
+    wanted = [kernel for kernel in kernels if where is None or where(path_string(kernel.path))]
+    if kernels and not wanted:
+        raise ValueError(f"`where` selects none of the kernels: there are {listed(kernels)}.")
+    settled = {kernel.path: names.settled(kernel) for kernel in wanted}
+    missing = {_split(path) for path in holes(params)}
+
+    described: dict[Path, tuple[Axes, Hashable]] = {}
+    labels: dict[str, Path] = {}
+    for kernel in wanted:
+        if reading := settled[kernel.path]:
+            _check_group(kernel, reading, settled, missing)
+            first = min(reading.group, key=places.__getitem__)
+            if labels.setdefault(label := path_string(first), first) != first:
+                raise ValueError(f"Two kernels have the path {label}: describe them by hand.")
+            described[kernel.path] = reading.axes, label
+            bias = bias_of(kernel, names.leaves)
+            if bias and (along := bias_axes(bias, kernel, reading.axes)):
+                described[bias.path] = along, label
+
+    open_ = [kernel for kernel in wanted if settled[kernel.path] is None]
+    open_ += [
+        leaf for leaf in _strangers(names.leaves) if not where or where(path_string(leaf.path))
+    ]
+    notes = []
+    if open_:
+        notes.append(f"GRAPES leaves alone what names and biases do not settle: {listed(open_)}.")
+    elif not described and any(leaf.may_be_kernel for leaf in names.leaves.values()):
+        notes.append(
+            f"GRAPES modulates nothing: by_path knows none of {listed(names.leaves.values())}."
+        )
+    alone = [names.leaves[path] for path in without_kernel(names.leaves, holes(params))]
+    return Description(described, [f"{note} {WAY_OUT}" for note in notes] + masked_note(alone))
+
+
+WAY_OUT = (
+    "grapes_optax.infer_dimension_numbers reads the layers from the program instead, and"
+    " weight_dimension_numbers= takes what you say yourself; grapes_optax.summary shows the result."
+)
+
+
+def _check_group(
+    kernel: Leaf, reading: Reading, wanted: Container[Path], missing: Container[Path]
+) -> None:
+    """All kernels of a layer go together, or the importance would be that of another layer."""
+    for other in reading.group:
+        if other not in wanted:
+            raise ValueError(
+                f"`where` selects {path_string(kernel.path)} and not {path_string(other)}, which"
+                " are summed into one pre-activation: select both or neither, or describe the one"
+                " as a layer of its own with weight_dimension_numbers=."
+            )
+    for partner, _ in _partners(_split(kernel.path)):
+        if any(partner[:n] in missing for n in range(len(partner) + 1)):
+            raise torn(path_string(kernel.path), path_string(partner))
+
+
+def _strangers(leaves: Leaves) -> Iterator[Leaf]:
+    """Leaves of unknown names with a bias beside them that belongs to no kernel."""
+    biases = set(itertools.chain(*BIASES.values()))
+    for *holder, name in filter(None, leaves):
+        leaf = leaves[(*holder, name)]
+        beside = [leaves[path] for other in biases if (path := (*holder, other)) in leaves]
+        if (
+            leaf.may_be_kernel
+            and not any((*holder, known) in leaves for known in BIASES)
+            and any(
+                0 < bias.ndim < leaf.ndim and set(bias.shape) <= set(leaf.shape) for bias in beside
+            )
+        ):
+            yield leaf
+
+
+def without_kernel(leaves: Iterable[Path], missing: Container[Path]) -> Iterator[Path]:
+    """Paths of biases whose kernels are masked, or in another partition."""
+    for *holder, name in filter(None, leaves):
+        kernels = (kernel for kernel, biases in BIASES.items() if name in biases)
+        if any((*holder, kernel) in missing for kernel in kernels):
+            yield (*holder, name)
+
+
+def masked_note(biases: Sequence[Leaf]) -> list[str]:
+    what = "GRAPES leaves alone biases whose kernels are masked or in another partition"
+    return [f"{what}: {listed(biases)}. Keep both together."] if biases else []
+
+
+def listed(leaves: Iterable[Leaf], most: int = 8) -> str:
+    shown = [f"{path_string(leaf.path)} {leaf.shape}" for leaf in leaves]
+    return ", ".join(shown[:most] + ["..."] * (len(shown) > most))
+
+
+@dataclass(frozen=True)
+class ByPath:
+    """The description of a tree by the names on its paths: what :func:`by_path` returns."""
+
+    where: Where | None
+
+    def __call__(self, params: optax.Params) -> optax.Params:
+        dtype = getattr(params, "dtype", type(params))
+        if jax.tree_util.all_leaves([params]) and not jnp.issubdtype(dtype, jnp.inexact):
+            raise TypeError(
+                f"by_path describes parameters, got {params!r}. Under optax.inject_hyperparams name"
+                " it in static_args, or it is called with the step count like a schedule:"
+                ' static_args="weight_dimension_numbers".'
+            )
+        described, notes = read_names(params, self.where)
+        for note in notes:
+            warn(note)
+        return jax.tree_util.tree_map_with_path(
+            lambda keys, _: (
+                numbers_of(*described[path_names(keys)]) if path_names(keys) in described else None
+            ),
+            params,
+        )
+
+
+def numbers_of(axes: Axes, group: Hashable) -> DimensionNumbers:
+    gates = axes.gates if axes.reduction else 1
+    return DimensionNumbers(axes.reduction, axes.output, group, gates)
+
+
+def by_path(where: Where | None = None) -> Callable[[optax.Params], optax.Params]:
     """Describes the leaves of a parameter tree by the names on their paths.
 
     Kernels are known by the names that Flax (linen and nnx), Haiku and Equinox give
     them, and the bias of a kernel joins its group. The kernels of a recurrent cell that
     are summed into one pre-activation are one group, with the gates of the cell.
     Embeddings, norms, leaves of rank 0 and 1 and leaves without a known name are left
-    alone. This is the default description of :func:`scale_by_grapes`; the output layer,
-    which GRAPES does not modulate, is excluded with `where`.
+    alone, and so is what names and biases leave open: a kernel of rank 3 without a bias,
+    or one whose order the biases of other kernels in the tree disprove. This is the
+    default description of :func:`scale_by_grapes`; the output layer, which GRAPES does
+    not modulate, is excluded with `where`.
 
     Args:
-      where: predicate on the path of a leaf, its names joined by ``/``; a leaf for
-        which it is false is left alone. ``None`` keeps all.
+      where: predicate on the path of a kernel, its names joined by ``/`` without the
+        collection ``params`` of linen; a kernel for which it is false is left alone, and
+        so is its bias. ``None`` keeps all.
 
     Returns:
       A function from parameters to a tree of the same structure that holds a
       :class:`DimensionNumbers` for each leaf to modulate and ``None`` for the others.
-      It gives one ``UserWarning`` if it describes no leaf of a tree that has one of
-      rank 2 or more, or if names and biases leave the axes of a kernel open.
+      It gives a ``UserWarning`` that names what looks like a kernel and is left alone.
+
+    Raises:
+      TypeError: if `where` is not a function; of the function, if it is not called with
+        a tree (``optax.inject_hyperparams`` calls it with a step count unless it is named
+        in ``static_args``).
+      ValueError: of the function, if `where` selects no kernel, or a part of those that
+        are summed into one pre-activation, or if a part of those is masked.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -185,54 +385,19 @@ def by_path(where: Callable[[str], bool] | None = None) -> Callable[[optax.Param
       DimensionNumbers(reduction_axis=(), output_axis=(0,), group='hidden/kernel', gates=1)
       >>> description["output"]
       {'bias': None, 'kernel': None}
+
+    References:
+      Dellaferrera et al., `Introducing principles of synaptic integration in the
+      optimization of deep neural networks
+      <https://doi.org/10.1038/s41467-022-29491-2>`_, 2022
     """
+    return ByPath(checked_where(where))
 
-    def describe(params: optax.Params) -> Any:
-        leaves = {leaf.path: leaf for leaf in tree_leaves(params)}
-        kernels = [leaf for leaf in leaves.values() if _has_name_of_kernel(leaf)]
-        places = {leaf.path: place for place, leaf in enumerate(kernels)}
-        cells = cells_of({leaf.path: np.shape(leaf.array) for leaf in kernels})
-        described: dict[Path, DimensionNumbers] = {}
-        unclear, excluded = [], []
-        for kernel in kernels:
-            readings = _readings(kernel, leaves, cells.get(kernel.path))
-            if readings is None:
-                continue
-            if where and not where(path_string(kernel.path)):
-                excluded.append(kernel)
-            elif len(readings) != 1:
-                unclear.append(kernel)
-            else:
-                axes, group = readings[0]
-                label = path_string(min(group, key=places.__getitem__))
-                bias = bias_of(kernel, leaves)
-                described[kernel.path] = DimensionNumbers(
-                    axes.reduction, axes.output, label, axes.gates
-                )
-                along = bias and bias_axes(bias, kernel, axes)
-                if bias and along and (where is None or where(path_string(bias.path))):
-                    described[bias.path] = DimensionNumbers((), along.output, label)
-        if unclear:
-            warn(f"GRAPES leaves alone what names and biases do not settle: {_listed(unclear)}.")
-        elif excluded and not described:
-            warn(f"GRAPES modulates nothing: `where` excludes {_listed(excluded)}.")
-        elif not described and any(leaf.may_be_kernel for leaf in leaves.values()):
-            warn(f"GRAPES modulates nothing: by_path knows none of {_listed(leaves.values())}.")
-        return jax.tree_util.tree_map_with_path(
-            lambda keys, _: described.get(path_names(keys)), params
+
+def checked_where(where: Where | None) -> Where | None:
+    if where is not None and not callable(where):
+        raise TypeError(
+            f"where must be a function of a path, such as lambda path: 'output' not in path; got"
+            f" {where!r}."
         )
-
-    return describe
-
-
-def _listed(leaves: Iterable[Leaf], most: int = 8) -> str:
-    shown = [f"{path_string(leaf.path)} {np.shape(leaf.array)}" for leaf in leaves]
-    return ", ".join(shown[:most] + ["..."] * (len(shown) > most))
-
-
-def warn(what: str) -> None:
-    warnings.warn(
-        f"{what} Describe the fan-in and node axes of the kernels with weight_dimension_numbers=,"
-        " and see what is modulated with grapes_optax.summary(params).",
-        stacklevel=3,
-    )
+    return where

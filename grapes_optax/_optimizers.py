@@ -5,7 +5,7 @@ from typing import Any, Literal
 import jax
 import optax
 
-from grapes_optax._importance import Control, Normalization
+from grapes_optax._importance import Control, Normalization, WeightDimNumOrFn
 from grapes_optax._transform import scale_by_grapes
 
 Modulate = Literal["gradients", "updates"]
@@ -29,7 +29,7 @@ def grapes_sgd(
     nesterov: bool = False,
     accumulator_dtype: Any | None = None,
     *,
-    weight_dimension_numbers: Any = None,
+    weight_dimension_numbers: WeightDimNumOrFn | None = None,
     gain: jax.typing.ArrayLike = 2.0,
     bounds: tuple[float, float] | None = (1.0, 2.0),
     normalization: Normalization = "max",
@@ -107,7 +107,7 @@ def grapes_rmsprop(
     nesterov: bool = False,
     bias_correction: bool = False,
     *,
-    weight_dimension_numbers: Any = None,
+    weight_dimension_numbers: WeightDimNumOrFn | None = None,
     gain: jax.typing.ArrayLike = 2.0,
     bounds: tuple[float, float] | None = (1.0, 2.0),
     normalization: Normalization = "max",

@@ -1,15 +1,14 @@
-"""The table to read before training: what is modulated, and by how much."""
+"""What is modulated, and by how much: a table to read, and a tree to log and to plot."""
 
 import math
-from typing import Any
 
 import jax
 import numpy as np
 import optax
 
-from grapes_optax._importance import Control, Normalization, Options
+from grapes_optax._importance import Control, Normalization, Options, WeightDimNumOrFn
 from grapes_optax._layers import Layer, Member, resolve_layers
-from grapes_optax._tree import path_string, tree_leaves
+from grapes_optax._tree import path_names, path_string, tree_leaves
 
 _TEXT = "path", "shape", "role", "group"
 _NUMBERS = "fan-in", "nodes", "stack", "gates", "min", "mean", "max"
@@ -29,9 +28,67 @@ def _sizes(member: Member) -> list[str]:
     ]
 
 
+def factors(
+    params: optax.Params,
+    weight_dimension_numbers: WeightDimNumOrFn | None = None,
+    *,
+    gain: jax.typing.ArrayLike = 2.0,
+    bounds: tuple[float, float] | None = (1.0, 2.0),
+    normalization: Normalization = "max",
+    control: Control | None = None,
+) -> optax.Params:
+    r"""The factors of the nodes of each leaf, as :func:`scale_by_grapes` uses them.
+
+    .. math::
+      f_j = \mathrm{clip}(g \, s_j / \mathrm{normalizer}(s), \, \mathrm{low}, \, \mathrm{high})
+
+    Cheap enough to be logged in every epoch; works under ``jax.jit``.
+
+    Args:
+      params: the parameters.
+      weight_dimension_numbers: as in :func:`scale_by_grapes`, like the other options.
+      gain: as in :func:`scale_by_grapes`.
+      bounds: as in :func:`scale_by_grapes`.
+      normalization: as in :func:`scale_by_grapes`.
+      control: as in :func:`scale_by_grapes`.
+
+    Returns:
+      A tree of the structure of `params` that holds for each modulated leaf, kernel or
+      bias, the factors of its nodes, without unit and of shape (stack axes..., node
+      axes...), and ``None`` for what is left alone.
+
+    Raises:
+      ValueError: as :func:`scale_by_grapes` and its ``update``.
+      TypeError: as the ``update`` of :func:`scale_by_grapes`.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from grapes_optax import factors
+      >>> params = {"Dense_0": {"kernel": jnp.array([[1.0, -2.0, 0.0], [2.0, 2.0, 1.0]]),
+      ...                       "bias": jnp.zeros(3)},
+      ...           "LayerNorm_0": {"scale": jnp.ones(3)}}
+      >>> print(factors(params)["Dense_0"]["kernel"])
+      [1.5 2.  1. ]
+      >>> factors(params)["LayerNorm_0"]
+      {'scale': None}
+
+    References:
+      Dellaferrera et al., `Introducing principles of synaptic integration in the
+      optimization of deep neural networks
+      <https://doi.org/10.1038/s41467-022-29491-2>`_, 2022
+    """
+    options = Options(gain, bounds, normalization, control).checked()
+    found = {
+        member.path: factor
+        for layer in resolve_layers(params, weight_dimension_numbers)
+        for member, factor in layer.factors(options)
+    }
+    return jax.tree_util.tree_map_with_path(lambda keys, _: found.get(path_names(keys)), params)
+
+
 def summary(
     params: optax.Params,
-    weight_dimension_numbers: Any = None,
+    weight_dimension_numbers: WeightDimNumOrFn | None = None,
     *,
     gain: jax.typing.ArrayLike = 2.0,
     bounds: tuple[float, float] | None = (1.0, 2.0),

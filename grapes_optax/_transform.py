@@ -2,39 +2,41 @@
 
 import itertools
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from grapes_optax._importance import Axes, Control, Normalization, Options, layer_factor, scale
-from grapes_optax._layers import Member, resolve_layers
-from grapes_optax._modulation import is_propagated
-from grapes_optax._tree import leaves_where, path_names, path_string, tree_leaves
+from grapes_optax._importance import (
+    Axes,
+    Control,
+    Normalization,
+    Options,
+    WeightDimNumOrFn,
+    expand,
+    layer_factor,
+    scale,
+)
+from grapes_optax._layers import resolve_layers
+from grapes_optax._tree import holes, path_names, path_string, tree_leaves, tree_shapes
 
 
-def _check_form(member: Member, propagated: bool) -> None:
-    if propagated:
-        raise ValueError(
-            f"{path_string(member.path)} has propagated GRAPES already: with scale_by_grapes its"
-            " factor would act twice. Use one of the two forms."
-        )
-
-
-def _check(update: Any, member: Member) -> None:
-    path = member.path[1:] if member.path[:1] == ("params",) else member.path
-    _check_form(member, is_propagated(path_string(path)))
-    if np.shape(update) != np.shape(member.array):
-        raise ValueError(
-            f"The update of {path_string(member.path)} has shape {np.shape(update)}, the parameter"
-            f" {np.shape(member.array)}: updates and params must be trees of the same arrays."
-        )
+def _check_fit(updates: optax.Updates, params: optax.Params) -> None:
+    """Refuses updates and parameters that are not trees of the same arrays."""
+    given, wanted, missing = tree_shapes(updates), tree_shapes(params), holes(updates)
+    for path in given | wanted:
+        left_out = path not in given and any(path[:n] in missing for n in range(len(path) + 1))
+        if given.get(path) != wanted.get(path) and not left_out:
+            shapes = (tree.get(path, "missing") for tree in (given, wanted))
+            raise ValueError(
+                "updates and params must be trees of the same arrays: {} has the shape {} among the"
+                " updates, and {} among the parameters.".format(path_string(path), *shapes)
+            )
 
 
 def scale_by_grapes(
-    weight_dimension_numbers: Any = None,
+    weight_dimension_numbers: WeightDimNumOrFn | None = None,
     *,
     gain: jax.typing.ArrayLike = 2.0,
     bounds: tuple[float, float] | None = (1.0, 2.0),
@@ -112,11 +114,7 @@ def scale_by_grapes(
     options = Options(gain, bounds, normalization, control).checked()
 
     def init_fn(params):
-        marked = leaves_where(params, lambda node: hasattr(node, "grapes_propagated"))
-        if marked:
-            for layer in resolve_layers(params, weight_dimension_numbers):
-                for member in layer.kernels:
-                    _check_form(member, member.path in marked)
+        resolve_layers(params, weight_dimension_numbers)  # what is wrong is said here
         return optax.EmptyState()
 
     def update_fn(updates, state, params=None, **extra_args):
@@ -125,19 +123,16 @@ def scale_by_grapes(
             raise ValueError(
                 "scale_by_grapes reads the parameters: call update(updates, state, params)."
             )
+        _check_fit(updates, params)
         factors = {
-            member.path: (member, factor)
-            for layer in resolve_layers(params, weight_dimension_numbers)
+            member.path: expand(factor, member.axes)
+            for layer in resolve_layers(params, weight_dimension_numbers, quiet=True)
             for member, factor in layer.factors(options)
         }
 
         def modulate(keys, update):
             path = path_names(keys)
-            if path not in factors:
-                return update
-            member, factor = factors[path]
-            _check(update, member)
-            return scale(update, factor)
+            return scale(update, factors[path]) if path in factors else update
 
         return jax.tree_util.tree_map_with_path(modulate, updates), state
 
@@ -163,7 +158,7 @@ def scale_by_outgoing_importance(
 
     Args:
       layers: paths of the dense kernels, (inputs, nodes), from the input to the output;
-        ``"params/Dense_0/kernel"`` for instance.
+        ``"Dense_0/kernel"`` for instance.
       gain: g.
       bounds: ``(low, high)``, or ``None`` (the authors' choice) not to clip.
       normalization: as in :func:`scale_by_grapes`.
@@ -195,11 +190,17 @@ def scale_by_outgoing_importance(
       <https://doi.org/10.1038/s41467-022-29491-2>`_, 2022
     """
     options = Options(gain, bounds, normalization).checked()
-    if len(layers) < 2 or isinstance(layers, str):
+    if isinstance(layers, str) or len(layers) < 2:
         raise ValueError("layers are the paths of two kernels or more, from input to output.")
 
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
+        if params is None:
+            raise ValueError(
+                "scale_by_outgoing_importance reads the parameters: call update(updates, state,"
+                " params)."
+            )
+        _check_fit(updates, params)
         kernels = {path_string(leaf.path): leaf.array for leaf in tree_leaves(params)}
         chain = [kernels[path] for path in layers if np.ndim(kernels.get(path, 0)) == 2]
         follow = all(a.shape[1] == b.shape[0] for a, b in itertools.pairwise(chain))

@@ -1,11 +1,12 @@
 """Leaves of a parameter tree: their paths, and the classes of their modules."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 Path = tuple[str, ...]
 
@@ -18,8 +19,12 @@ class Leaf(NamedTuple):
     module: str  # class of the node that holds it: Equinox keeps its modules in the tree
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        return np.shape(self.array)
+
+    @property
     def ndim(self) -> int:
-        return np.ndim(self.array)
+        return len(self.shape)
 
     @property
     def may_be_kernel(self) -> bool:
@@ -55,7 +60,17 @@ def tree_leaves(tree: Any) -> Iterator[Leaf]:
     yield from walk(tree, (), "")
 
 
-def leaves_where(tree: Any, condition: Callable[[Any], bool]) -> set[Path]:
-    """Paths of the nodes, leaves or not, that fulfil a condition."""
-    flat = jax.tree_util.tree_leaves_with_path(tree, is_leaf=condition)
-    return {path_names(keys) for keys, node in flat if condition(node)}
+def tree_shapes(tree: optax.Params) -> dict[Path, tuple[int, ...]]:
+    """Shapes of the leaves by their paths."""
+    flat = jax.tree_util.tree_leaves_with_path(tree)
+    return {path_names(keys): np.shape(leaf) for keys, leaf in flat}
+
+
+def holes(tree: optax.Params) -> set[Path]:
+    """Paths where a transformation or a framework has taken the leaves away."""
+
+    def is_hole(node):
+        return node is None or isinstance(node, optax.MaskedNode)
+
+    flat = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_hole)
+    return {path_names(keys) for keys, node in flat if is_hole(node)}

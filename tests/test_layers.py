@@ -317,7 +317,7 @@ def test_one_warning_if_nothing_is_recognised(params, seen):
     with pytest.warns(UserWarning, match="GRAPES modulates nothing") as record:
         updates, _ = transformation.update(params, transformation.init(params), params)
     assert len(record) == 1
-    for words in "summary(params)", "weight_dimension_numbers=", seen:
+    for words in "grapes_optax.summary", "infer_dimension_numbers", seen:
         assert words in str(record[0].message)
     chex.assert_trees_all_equal(updates, params)
 
@@ -329,9 +329,11 @@ def test_warning_lists_what_it_saw_but_not_all():
     assert "leaf9" not in str(record[0].message)
 
 
-def test_warning_if_where_excludes_all():
-    with pytest.warns(UserWarning, match="`where` excludes kernel"):
-        by_path(lambda path: "Dense" in path)({"kernel": jnp.ones((2, 3))})
+def test_where_that_selects_nothing():
+    description = by_path(lambda path: "Dense" in path)
+    for call in description, scale_by_grapes(description).init:
+        with pytest.raises(ValueError, match=r"selects none .* there are kernel \(2, 3\)"):
+            call({"kernel": jnp.ones((2, 3))})
 
 
 @pytest.mark.parametrize(

@@ -139,11 +139,10 @@ def test_names_of_a_cell_without_its_shapes():
     assert described["h"]["kernel"] == DimensionNumbers((0,), (1,), "h/kernel")
 
 
-def test_an_excluded_member_leaves_its_group():
+def test_kernels_of_one_layer_are_not_parted():
     params = {"cell": unfused_linen((("i",), ("h",)))}
-    described = by_path(lambda path: path != "cell/i/kernel")(params)["cell"]
-    assert described["i"]["kernel"] is None
-    assert described["h"]["kernel"] == DimensionNumbers((0,), (1,), "cell/h/kernel")
+    with pytest.raises(ValueError, match="selects cell/h/kernel and not cell/i/kernel"):
+        by_path(lambda path: path != "cell/i/kernel")(params)
 
 
 def test_a_user_describes_one_leaf_otherwise():
@@ -179,9 +178,13 @@ def shapes(tree):
         ("x", {"kernel": (3, 2, 5, 7), "bias": (3, 2, 7)}, (2,), (3,), (2,)),  # ConvLocal
         ("x", {"kernel": (3, 3, 7, 5), "bias": (7,)}, (0, 1, 3), (2,), (0,)),  # transposed
         ("x", {"kernel": (3, 3, 7, 7), "bias": (7,)}, (0, 1, 2), (3,), (0,)),
-        ("x", {"kernel": (3, 3, 5, 7)}, (0, 1, 2), (3,), None),
+        ("conv", {"kernel": (3, 3, 5, 7)}, (0, 1, 2), (3,), None),
+        ("ConvTranspose_0", {"kernel": (3, 3, 7, 5), "bias": (7,)}, (0, 1, 3), (2,), (0,)),
+        ("ConvTranspose_0", {"kernel": (3, 3, 5, 7), "bias": (7,)}, (0, 1, 2), (3,), (0,)),
+        ("x", {"w": (5, 7), "bias": (7,)}, (0,), (1,), (0,)),
+        ("x", {"kernel": (5, 7), "b": (7,)}, (0,), (1,), (0,)),
+        ("x", {"weight": (7, 5), "b": (7,)}, (1,), (0,), (0,)),
         ("conv1", {"kernel": (3, 5, 7)}, (0, 1), (2,), None),
-        ("Dense_3", {"kernel": (3, 5, 7)}, (1,), (2,), None),
         ("Dense_3", {"kernel": (2, 3, 5, 7), "bias": (2, 3, 7)}, (2,), (3,), (2,)),
         ("ConvLocal_0", {"kernel": (3, 5, 7)}, (1,), (2,), None),
         ("linear_1", {"w": (3, 5, 7), "b": (3, 7)}, (1,), (2,), (1,)),
@@ -201,6 +204,11 @@ def test_settled(module, leaves, reduction, output, bias_output):
     ("module", "leaves"),
     [
         ("x", {"kernel": (3, 5, 7)}),
+        ("x", {"kernel": (3, 3, 5, 7)}),  # a convolution, or Gemma's three products in one
+        ("Dense_3", {"kernel": (3, 5, 7)}),  # scanned along axis 0 or 1
+        ("Conv_0", {"kernel": (3, 3, 3, 5, 7)}),  # in three dimensions, or a stack of two
+        ("ConvTranspose_0", {"kernel": (3, 3, 5, 7)}),  # transposed or not
+        ("ConvTranspose_0", {"kernel": (3, 3, 7, 7), "bias": (7,)}),
         ("query", {"kernel": (5, 3, 4)}),  # without `out` beside it, a stack as well
         ("DenseGeneral_0", {"kernel": (5, 3, 4)}),
         ("Einsum_0", {"kernel": (2, 5, 3, 4)}),

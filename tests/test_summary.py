@@ -23,7 +23,7 @@ def test_roles_sizes_and_factors():
     params = {
         "a": {"kernel": KERNEL, "bias": jnp.zeros(3)},
         "norm": {"scale": jnp.ones(3), "bias": jnp.ones(3)},
-        "Dense_1": {"kernel": jnp.stack([KERNEL, -KERNEL])},
+        "Dense_1": {"kernel": jnp.stack([KERNEL, -KERNEL]), "bias": jnp.zeros((2, 3))},
         "scalar": 1.0,
     }
     table = summary(params)
@@ -34,7 +34,7 @@ def test_roles_sizes_and_factors():
     assert cells(table, "Dense_1/kernel")[:6] == stacked
     for path in "norm/scale", "norm/bias", "scalar":
         assert cells(table, path) == ["left alone"]
-    assert len(rows(table)) == 6
+    assert len(rows(table)) == 7
 
 
 def test_options_and_groups():

@@ -10,7 +10,14 @@ import optax
 import pytest
 import reference
 
-from grapes_optax import DimensionNumbers, by_path, grapes_rmsprop, grapes_sgd, scale_by_grapes
+from grapes_optax import (
+    DimensionNumbers,
+    by_path,
+    grapes_rmsprop,
+    grapes_sgd,
+    scale_by_grapes,
+    scale_by_outgoing_importance,
+)
 
 RNG = np.random.default_rng(0)
 
@@ -87,9 +94,51 @@ def test_parameters_are_required():
         transformation.update(GRADS, transformation.init(PARAMS))
 
 
-def test_updates_of_another_shape():
-    with pytest.raises(ValueError, match=r"kernel has shape \(3, 5, 7\), the parameter \(5, 7\)"):
-        run(scale_by_grapes(), {"kernel": jnp.ones((5, 7))}, {"kernel": jnp.ones((3, 5, 7))})
+KERNELS = {name: jnp.ones((5, 5)) for name in "abc"}
+
+
+@pytest.mark.parametrize("form", ["incoming", "outgoing"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tree: tree | {"b": jnp.ones((1, 5))}, r"b has the shape \(1, 5\) .*, and \(5, 5\)"),
+        (lambda tree: tree | {"b": jnp.ones((3, 5, 5))}, r"b has the shape \(3, 5, 5\)"),
+        (lambda tree: {"params": {"net": tree}}, "missing among the parameters"),
+        (
+            lambda tree: {"a": tree["a"], "b": tree["b"]},
+            "c has the shape missing among the updates",
+        ),
+        (lambda tree: tree | {"d": jnp.ones(3)}, "d has the shape .*missing among the parameters"),
+    ],
+)
+def test_updates_of_another_tree(form, change, message):
+    tx = {
+        "incoming": scale_by_grapes(DimensionNumbers()),
+        "outgoing": scale_by_outgoing_importance(["a", "b", "c"]),
+    }[form]
+    for update in tx.update, jax.jit(tx.update):
+        with pytest.raises(ValueError, match=message):
+            update(change(KERNELS), tx.init(KERNELS), KERNELS)
+
+
+@pytest.mark.parametrize("torn", ["i", "h"])
+def test_a_part_of_a_layer_in_another_partition(torn):
+    params = {"cell": {"i": layer(5, 7), "h": layer(7, 7)}, "Dense_0": layer(7, 7)}
+    labels = {"cell": {"i": "on", "h": "on"} | {torn: "off"}, "Dense_0": "on"}
+    descriptions = [
+        None,
+        by_path(),
+        by_path()(params),
+        {"cell": DimensionNumbers(group="z"), "Dense_0": None},
+    ]
+    if torn == "i":  # a bias is none of the kernels of rank 2 that the last one describes
+        descriptions.pop()
+    for description in descriptions:
+        tx = optax.partition(
+            {"on": scale_by_grapes(description), "off": optax.set_to_zero()}, labels
+        )
+        with pytest.raises(ValueError, match=rf"cell/{torn}(/kernel)? is masked or in another"):
+            tx.init(params)
 
 
 @pytest.mark.parametrize("make", [scale_by_grapes, lambda **kw: grapes_sgd(0.1, **kw)])
@@ -163,7 +212,8 @@ def test_bias_whose_kernel_is_in_another_partition_passes_through(description):
     kernels = jax.tree.map(lambda x: x.ndim == 2, PARAMS)
     biases = jax.tree.map(lambda x: x.ndim == 1, PARAMS)
     transformation = scale_by_grapes(description)
-    assert_close(run(optax.masked(transformation, biases)), GRADS)
+    with pytest.warns(UserWarning, match=r"biases whose kernels are masked .*hidden/bias \(7,\)"):
+        assert_close(run(optax.masked(transformation, biases)), GRADS)
     layers = ["hidden"] if description in (HIDDEN, HIDDEN(PARAMS)) else ["hidden", "output"]
     expected = modulated(GRADS, PARAMS, layers)
     for name in expected:
@@ -381,7 +431,7 @@ def test_unknown_order():
 @pytest.mark.parametrize("shape", [(1024, 1024), (3, 3, 256, 256)])
 def test_bytes_accessed(shape):
     def traffic(tx):
-        params = {"kernel": jax.ShapeDtypeStruct(shape, jnp.float32)}
+        params = {"conv": {"kernel": jax.ShapeDtypeStruct(shape, jnp.float32)}}
         state = jax.eval_shape(tx.init, params)
 
         def step(params, state, grads):

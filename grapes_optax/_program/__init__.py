@@ -16,11 +16,11 @@ import optax
 
 from grapes_optax._importance import DimensionNumbers
 from grapes_optax._layers import resolve_layers
-from grapes_optax._names import warn
 from grapes_optax._program.flat import Program
 from grapes_optax._program.layers import described
 from grapes_optax._program.rules import read
 from grapes_optax._tree import Leaf, path_names, path_string
+from grapes_optax._warn import warn
 
 
 def _branches(leaf: Leaf) -> list[str]:
