@@ -138,7 +138,7 @@ def resolve_axes(numbers: object, array: jax.typing.ArrayLike | jax.ShapeDtypeSt
     axes = Axes.of(
         np.ndim(array),
         output=numbers.output_axis,
-        reduction=numbers.reduction_axis,
+        reduction=_axes_of("reduction_axis", numbers.reduction_axis, np.ndim(array)),
         gates=getattr(numbers, "gates", 1),
     )
     axes.shape(array)
@@ -147,9 +147,12 @@ def resolve_axes(numbers: object, array: jax.typing.ArrayLike | jax.ShapeDtypeSt
 
 def kernel_array(kernel: jax.typing.ArrayLike) -> jax.Array:
     try:
-        return jnp.asarray(kernel)
+        array = jnp.asarray(kernel)
     except (TypeError, ValueError) as error:
         raise TypeError(f"The kernel must be an array of numbers, got {kernel!r}.") from error
+    if array.dtype == bool:
+        raise TypeError("The kernel must be an array of numbers, got an array of bool.")
+    return array
 
 
 def fan_in_axes(kernel: jax.Array, numbers: HasAxes | None) -> Axes:

@@ -192,13 +192,16 @@ def resolve_layers(
 ) -> list[Layer]:
     """Layers of a parameter tree under a description; checks all, computes nothing."""
     numbers = by_path() if weight_dimension_numbers is None else weight_dimension_numbers
+    leaves = {leaf.path: leaf for leaf in tree_leaves(params)}
+    for leaf in leaves.values():
+        if isinstance(leaf.array, str):
+            raise TypeError(f"params hold {leaf.array!r} at {path_string(leaf.path)}: no array.")
     if isinstance(numbers, ByPath):
         described, notes = read_names(params, numbers.where)
     else:
         described, notes = _read_tree(numbers, params)
     for note in () if quiet else notes:
         warn(note)
-    leaves = {leaf.path: leaf for leaf in tree_leaves(params)}
     groups: dict[Hashable, list[Member]] = {}
     for path, (axes, group) in described.items():
         groups.setdefault(group, []).append(Member(path, leaves[path].array, axes))

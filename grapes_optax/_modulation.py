@@ -1,18 +1,22 @@
 """The propagated form: an identity whose derivative is multiplied by the factors."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from grapes_optax._importance import (
     Control,
+    HasAxes,
     Normalization,
     Options,
     fan_in_axes,
+    is_description,
+    kernel_array,
     layer_factor,
     scale,
 )
@@ -69,7 +73,7 @@ def align(factor: jax.Array, node_ndim: int, z: jax.Array) -> jax.Array:
 def modulate_error(
     z: jax.Array,
     *kernels: jax.typing.ArrayLike,
-    weight_dimension_numbers: Any = None,
+    weight_dimension_numbers: HasAxes | Sequence[HasAxes] | None = None,
     gain: jax.typing.ArrayLike = 2.0,
     bounds: tuple[float, float] | None = (1.0, 2.0),
     normalization: Normalization = "max",
@@ -124,9 +128,16 @@ def modulate_error(
     options = Options(gain, bounds, normalization, control).checked()
     if not kernels:
         raise ValueError("modulate_error needs the kernels that are summed into z.")
-    arrays = [jnp.asarray(kernel) for kernel in kernels]
-    one = weight_dimension_numbers is None or hasattr(weight_dimension_numbers, "reduction_axis")
-    numbers: Any = [weight_dimension_numbers] * len(arrays) if one else weight_dimension_numbers
+    if not isinstance(z, np.ndarray | jax.Array):
+        raise TypeError(f"z must be an array, got {z!r}.")
+    if not jnp.issubdtype(z.dtype, jnp.inexact):
+        raise TypeError(f"z must be an array of floats, got {z.dtype}: it has no error.")
+    arrays = [kernel_array(kernel) for kernel in kernels]
+    # A description is a sequence too: it is told by its attributes.
+    several = isinstance(weight_dimension_numbers, list | tuple) and not is_description(
+        weight_dimension_numbers
+    )
+    numbers: Any = weight_dimension_numbers if several else [weight_dimension_numbers] * len(arrays)
     if len(numbers) != len(arrays):
         raise ValueError(f"{len(arrays)} kernels have {len(numbers)} weight_dimension_numbers.")
     axes = [fan_in_axes(*pair) for pair in zip(arrays, numbers, strict=True)]

@@ -18,7 +18,7 @@ def _modulated(
         "gradients": (scale_by_grapes(**options), optimizer),
         "updates": (optimizer, scale_by_grapes(**options)),
     }
-    if modulate not in orders:
+    if modulate not in list(orders):
         raise ValueError(f"Unknown modulate {modulate!r}: choose one of {list(orders)}.")
     return optax.chain(*orders[modulate])
 

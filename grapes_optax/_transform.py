@@ -190,8 +190,16 @@ def scale_by_outgoing_importance(
       <https://doi.org/10.1038/s41467-022-29491-2>`_, 2022
     """
     options = Options(gain, bounds, normalization).checked()
+    if not isinstance(layers, Sequence) or not all(isinstance(path, str) for path in layers):
+        raise TypeError(f"layers must be a sequence of paths, got {layers!r}.")
     if isinstance(layers, str) or len(layers) < 2:
-        raise ValueError("layers are the paths of two kernels or more, from input to output.")
+        raise ValueError(
+            "layers must be the paths of two kernels or more, from input to output; got"
+            f" {layers!r}."
+        )
+    for path in layers:
+        if layers.count(path) > 1:
+            raise ValueError(f"layers names {path} twice.")
 
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
@@ -202,14 +210,19 @@ def scale_by_outgoing_importance(
             )
         _check_fit(updates, params)
         kernels = {path_string(leaf.path): leaf.array for leaf in tree_leaves(params)}
-        chain = [kernels[path] for path in layers if np.ndim(kernels.get(path, 0)) == 2]
-        follow = all(a.shape[1] == b.shape[0] for a, b in itertools.pairwise(chain))
-        if len(chain) < len(layers) or not follow:
-            raise ValueError(
-                "scale_by_outgoing_importance needs params in which"
-                f" {', '.join(layers)} are dense kernels, the nodes of one the inputs of the next;"
-                f" there are {', '.join(kernels) or 'none'}."
-            )
+        for path in layers:
+            if np.ndim(kernels.get(path, 0)) != 2:
+                raise ValueError(
+                    f"layers: {path} is no dense kernel among the parameters: there are"
+                    f" {', '.join(path for path in kernels if np.ndim(kernels[path]) == 2)}."
+                )
+        for one, next_ in itertools.pairwise(layers):
+            nodes, inputs = kernels[one].shape[1], kernels[next_].shape[0]
+            if nodes != inputs:
+                raise ValueError(
+                    f"layers: the {nodes} nodes of {one} are not the {inputs} inputs of {next_}."
+                )
+        chain = [kernels[path] for path in layers]
         outgoing = Axes(reduction=(1,), output=(0,), stack=())
         factors = [layer_factor([kernel], [outgoing], options) for kernel in chain[:-1]]
         factors.append(jnp.ones(chain[-1].shape[0], factors[0].dtype))

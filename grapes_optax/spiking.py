@@ -7,6 +7,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 
 
@@ -180,9 +181,10 @@ def rate_code(
       takes by default.
 
     Raises:
-      ValueError: if a pixel is outside [0, 1]. What is traced, by ``jax.jit`` for instance,
-        has no values to look at: there pixels below count as 0, and probabilities above 1
-        as 1.
+      TypeError: if the images are not floats.
+      ValueError: if `steps` or `rate` is out of range, or if a pixel is outside [0, 1].
+        What is traced, by ``jax.jit`` for instance, has no values to look at: there pixels
+        below count as 0, and probabilities above 1 as 1.
 
     Examples:
       >>> import jax
@@ -199,7 +201,18 @@ def rate_code(
       in-memory computing <https://doi.org/10.1038/s42256-020-0187-0>`_, 2020
     """
     pixels = jnp.asarray(images)
+    if isinstance(steps, bool) or not isinstance(steps, int | np.integer) or steps < 1:
+        raise ValueError(f"steps must be a positive int, got {steps!r}.")
+    if not isinstance(rate, Tracer) and not 0 <= rate <= 1:
+        raise ValueError(f"rate must be a probability in [0, 1], got {rate}.")
+    if not jnp.issubdtype(pixels.dtype, jnp.floating):
+        raise TypeError(f"images must be floats, got {pixels.dtype}: divide them by their maximum.")
+    if not pixels.ndim:
+        raise ValueError("images must have an axis of pixels, the last.")
     if not isinstance(pixels, Tracer) and not ((pixels >= 0) & (pixels <= 1)).all():
         raise ValueError("Rate coding takes pixels in [0, 1]: divide the images by their maximum.")
     shape = (*pixels.shape[:-1], steps, pixels.shape[-1])
-    return jax.random.bernoulli(key, rate * pixels[..., None, :], shape).astype(pixels.dtype)
+    # Drawn in a wide type: the uniform numbers of bfloat16 are multiples of 1/128.
+    wide = jnp.promote_types(pixels.dtype, jnp.float32)
+    probabilities = jnp.asarray(rate, wide) * pixels[..., None, :].astype(wide)
+    return jax.random.bernoulli(key, probabilities, shape).astype(pixels.dtype)

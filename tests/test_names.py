@@ -1,6 +1,7 @@
 """Cells, stacks, evidence beside the names: what by_path reads, and what it leaves open."""
 
 import itertools
+import warnings
 
 import equinox as eqx
 import flax.linen as nn
@@ -8,6 +9,7 @@ import haiku as hk
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import reference
 from flax import nnx
@@ -235,6 +237,148 @@ def test_attention_is_known_by_its_parts():
     described = by_path()(stacked)["attention"]
     assert described["key"]["kernel"] == DimensionNumbers((1,), (2, 3), "attention/key/kernel")
     assert described["out"]["kernel"] == DimensionNumbers((1, 2), (3,), "attention/out/kernel")
+
+
+def test_attention_of_rank_2_is_dense():
+    params = shapes({name: {"kernel": (6, 6)} for name in ("query", "key", "value", "out")})
+    for name, described in by_path()(params).items():
+        assert described["kernel"] == DimensionNumbers((0,), (1,), f"{name}/kernel")
+
+
+@pytest.mark.parametrize(
+    ("inputs", "layers", "heads", "dim", "stack"),
+    [(6, 9, 3, 4, 1), (6, 3, 3, 4, 1), (6, 9, 3, 3, 1), (9, 9, 9, 4, None)],
+)
+def test_attention_scanned_along_axis_1(inputs, layers, heads, dim, stack):
+    """Without biases sizes that are equal leave open which axis holds the layers."""
+    kernels = {name: {"kernel": (inputs, layers, heads, dim)} for name in ("query", "value")}
+    params = shapes(kernels | {"out": {"kernel": (heads, layers, dim, inputs)}})
+    if stack is None:
+        with pytest.warns(UserWarning, match=r"do not settle: out/kernel .*, query/kernel"):
+            described = by_path()(params)
+        assert jax.tree.leaves(described) == []
+    else:
+        described = by_path()(params)
+        expected = DimensionNumbers((0,), (2, 3), "query/kernel"), ((0, 2), (3,))
+        assert described["query"]["kernel"] == expected[0]
+        assert described["out"]["kernel"][:2] == expected[1]
+
+
+# Evidence elsewhere in the tree
+
+
+def layer(name, shape, nodes=None):
+    return {name: shape} | ({} if nodes is None else {"bias": (shape[nodes],)})
+
+
+@pytest.mark.parametrize(
+    ("tree", "alone"),
+    [
+        # GPT-2's Conv1D is called kernel, and lies nodes first.
+        (
+            {
+                "c_attn": layer("kernel", (48, 16), 0),
+                "c_proj": layer("kernel", (16, 16), 0),
+                "c_fc": layer("kernel", (64, 16), 0),
+                "head": layer("kernel", (16, 16)),
+            },
+            {"c_attn", "c_proj", "c_fc", "head"},
+        ),
+        # StyleGAN2's weights are called weight, and lie nodes last.
+        (
+            {"a": layer("weight", (6, 10), 1), "b": layer("weight", (10, 10), 1)},
+            {"a", "b"},
+        ),
+        # Another leaf name, a telling module, a bias that fits one order alone.
+        (
+            {
+                "a": layer("weight", (6, 10), 1),
+                "b": layer("kernel", (10, 10)),
+                "Linear": layer("weight", (10, 10)),
+                "c": layer("weight", (5, 10), 0),
+            },
+            {"a"},
+        ),
+        # A bias of other nodes disproves no order.
+        ({"a": {"kernel": (5, 7), "bias": (3,)}, "b": layer("kernel", (5, 5))}, {"a"}),
+    ],
+)
+def test_a_bias_disproves_the_order_of_its_kin(tree, alone):
+    with pytest.warns(UserWarning, match="do not settle") as record:
+        described = by_path()(shapes(tree))
+    (message,) = (str(warning.message) for warning in record)
+    for name, leaves in described.items():
+        kernel = next(leaf for leaf in leaves if leaf != "bias")
+        assert (leaves[kernel] is None) == (name in alone), name
+        assert (f"{name}/{kernel} (" in message) == (name in alone), name
+
+
+def test_vectors_of_rank_2_tell_a_stack():
+    block = {"Conv_0": {"kernel": (9, 3, 5, 7)}, "BatchNorm_0": {"scale": (9, 7), "bias": (9, 7)}}
+    with pytest.warns(UserWarning, match=r"do not settle: blocks/Conv_0/kernel"):
+        described = by_path()(shapes({"blocks": block, "Dense_0": DENSE}))
+    assert described["blocks"]["Conv_0"]["kernel"] is None
+    single = shapes(block | {"BatchNorm_0": {"scale": (7,), "bias": (7,)}})
+    assert by_path()(single)["Conv_0"]["kernel"] == DimensionNumbers(
+        (0, 1, 2), (3,), "Conv_0/kernel"
+    )
+
+
+def test_an_unusual_bias_belongs_to_the_only_kernel():
+    both = shapes({"kernel": (5, 7), "w": (5, 7), "b": (7,)})
+    described = by_path()(both)
+    assert described["kernel"] == DimensionNumbers((0,), (1,), "kernel")
+    assert described["b"] == DimensionNumbers((), (0,), "w")
+
+
+@pytest.mark.parametrize(
+    ("leaves", "named"),
+    [
+        ({"matrix": (5, 7), "bias": (7,)}, ["x/matrix (5, 7)"]),
+        ({"u": (7, 7), "v": (5, 7), "b": (7,)}, ["x/u (7, 7)", "x/v (5, 7)"]),
+        ({"embedding": (5, 7)}, []),
+        ({"matrix": (5, 7), "bias": (3,)}, []),
+        ({"matrix": (5, 7), "kernel": (5, 7), "bias": (7,)}, []),
+    ],
+)
+@pytest.mark.parametrize("where", [None, lambda path: "x" not in path])
+def test_leaves_of_unknown_names_with_a_bias_are_named(leaves, named, where):
+    params = shapes({"x": leaves, "Dense_0": DENSE})
+    with warnings.catch_warnings(record=True) as record:
+        warnings.simplefilter("always")
+        by_path(where)(params)
+    messages = [str(warning.message) for warning in record]
+    assert len(messages) == bool(named and not where)
+    for words in named if not where else ():
+        assert words in messages[0]
+
+
+# Who is told, and where
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        lambda params: by_path()(params),
+        lambda params: summary(params),
+        lambda params: scale_by_grapes().init(params),
+        lambda params: optax.chain(optax.clip(1.0), scale_by_grapes()).init(params),
+        lambda params: optax.inject_hyperparams(scale_by_grapes)(gain=1.5).init(params),
+        lambda params: optax.masked(scale_by_grapes(), True).init(params),
+        lambda params: jax.jit(scale_by_grapes().init)(params),
+    ],
+)
+def test_warnings_point_at_the_users_line(act):
+    params = {"x": {"kernel": jnp.ones((3, 5, 7))}, "Dense_0": {"kernel": jnp.ones((3, 3))}}
+    with pytest.warns(UserWarning, match="do not settle: x/kernel") as record:
+        act(params)
+    assert [warning.filename for warning in record] == [__file__]
+    assert "infer_dimension_numbers" in str(record[0].message)
+
+
+def test_an_update_says_nothing_again():
+    params = {"x": {"kernel": jnp.ones((3, 5, 7))}}
+    scale_by_grapes().update(params, optax.EmptyState(), params)  # warnings are errors
 
 
 @pytest.mark.parametrize("make", [hk.LSTM, hk.GRU, hk.VanillaRNN])

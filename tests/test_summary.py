@@ -2,9 +2,10 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from grapes_optax import DimensionNumbers, summary
+from grapes_optax import DimensionNumbers, factors, summary
 
 KERNEL = jnp.array([[1.0, -2.0, 0.0], [2.0, 2.0, 1.0]])
 
@@ -62,6 +63,32 @@ def test_errors_are_those_of_the_transformation():
         summary({"kernel": KERNEL}, control="shuffle")
     with pytest.raises(ValueError, match=r"of kernel: .*out of range"):
         summary({"kernel": KERNEL}, {"kernel": DimensionNumbers(0, 2)})
+
+
+def test_factors_are_those_of_the_summary():
+    params = {
+        "cell": {"w_i": KERNEL, "w_h": jnp.ones((3, 3)), "b": jnp.zeros(3)},
+        "Dense_0": {"kernel": jnp.stack([KERNEL, KERNEL[:, ::-1]]), "bias": jnp.zeros((2, 3))},
+        "norm": {"scale": jnp.ones(3)},
+    }
+    for act in factors, jax.jit(factors):
+        found = act(params)
+        np.testing.assert_allclose(found["cell"]["w_i"], [2 * 6 / 7, 2.0, 2 * 4 / 7], rtol=1e-6)
+        assert found["norm"] == {"scale": None}
+        for name in "w_h", "b":
+            np.testing.assert_array_equal(found["cell"][name], found["cell"]["w_i"])
+        stacked = found["Dense_0"]
+        np.testing.assert_allclose(stacked["kernel"], [[1.5, 2, 1], [1, 2, 1.5]], rtol=1e-6)
+        np.testing.assert_array_equal(stacked["kernel"], stacked["bias"])
+    table = summary(params)
+    row = cells(table, "cell/w_i")
+    assert row[-3:] == [f"{f(found['cell']['w_i']):.3f}" for f in (np.min, np.mean, np.max)]
+
+
+def test_factors_take_options_and_gates():
+    numbers = DimensionNumbers(0, 1, gates=3)
+    found = factors({"u": KERNEL}, {"u": numbers}, gain=1.5, bounds=None)
+    np.testing.assert_array_equal(found["u"], [1.5, 1.5, 1.5])
 
 
 def test_empty_tree():
