@@ -3,6 +3,7 @@
 from grapes_optax._feedback import Alignment, alignment
 from grapes_optax._importance import (
     DimensionNumbers,
+    LeftAlone,
     WeightDimNumOrFn,
     importance_factor,
     node_importance,
@@ -19,6 +20,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Alignment",
     "DimensionNumbers",
+    "LeftAlone",
     "WeightDimNumOrFn",
     "alignment",
     "by_path",

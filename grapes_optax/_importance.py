@@ -1,15 +1,17 @@
 """Importance and factor of the nodes of one layer: arrays and axes in, array out."""
 
+import dataclasses
 import functools
 import itertools
 import math
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, Literal, NamedTuple, Protocol, cast
+from typing import Any, Literal, NamedTuple, Protocol, TypeGuard
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.core import Tracer
 from jax.sharding import reshard
 
 Normalization = Literal["max", "mean"]
@@ -49,6 +51,24 @@ class DimensionNumbers(NamedTuple):
     gates: int = 1
 
 
+@dataclasses.dataclass(frozen=True)
+class LeftAlone:
+    """Says in a description that a leaf is not modulated, and why.
+
+    ``None`` says the same without a reason. :func:`infer_dimension_numbers` gives it to
+    the output layer, and :func:`summary` shows the reason as the role of the leaf.
+
+    Attributes:
+      reason: a word or two.
+
+    Examples:
+      >>> from grapes_optax import DimensionNumbers, LeftAlone
+      >>> description = {"hidden": DimensionNumbers(), "output": LeftAlone("output")}
+    """
+
+    reason: str
+
+
 class HasAxes(Protocol):
     """Any object that says which axes of a leaf are which."""
 
@@ -59,11 +79,19 @@ class HasAxes(Protocol):
     def output_axis(self) -> int | Sequence[int]: ...
 
 
-WeightDimNumOrFn = HasAxes | optax.Params | Callable[[optax.Params], optax.Params | None]
+Description = HasAxes | LeftAlone | optax.Params | None  # of a leaf, or a tree of them
+WeightDimNumOrFn = Description | Callable[[optax.Params], Description]
 
 
-def is_description(x: object) -> bool:
+def is_description(x: object) -> TypeGuard[HasAxes]:
     return hasattr(x, "reduction_axis") and hasattr(x, "output_axis")
+
+
+class Shaped(Protocol):
+    """An array, or what stands for one."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
 
 
 class Axes(NamedTuple):
@@ -107,9 +135,9 @@ class Axes(NamedTuple):
     def kept(self) -> tuple[int, ...]:
         return self.stack + self.output
 
-    def shape(self, array: jax.typing.ArrayLike | jax.ShapeDtypeStruct) -> tuple[int, ...]:
+    def shape(self, array: Shaped) -> tuple[int, ...]:
         """Shape of the importance: stack axes first, then node axes."""
-        shape = tuple(np.shape(array)[axis] for axis in self.kept)
+        shape = tuple(array.shape[axis] for axis in self.kept)
         if shape[-1] % self.gates:
             raise ValueError(
                 f"{self.gates} gates do not divide the last node axis, of {shape[-1]} nodes."
@@ -117,8 +145,8 @@ class Axes(NamedTuple):
         return shape
 
 
-def _axes_of(name: str, value: object, ndim: int) -> tuple[int, ...]:
-    axes = value if isinstance(value, Sequence) and not isinstance(value, str) else (value,)
+def _axes_of(name: str, value: int | Sequence[int], ndim: int) -> tuple[int, ...]:
+    axes = value if isinstance(value, Sequence) else (value,)
     for axis in axes:
         if isinstance(axis, bool) or not isinstance(axis, int | np.integer):
             raise TypeError(f"{name} must be an int or a sequence of ints, got {value!r}.")
@@ -127,18 +155,18 @@ def _axes_of(name: str, value: object, ndim: int) -> tuple[int, ...]:
     return tuple(int(axis) % ndim for axis in axes)
 
 
-def resolve_axes(numbers: object, array: jax.typing.ArrayLike | jax.ShapeDtypeStruct) -> Axes:
+def resolve_axes(numbers: object, array: Shaped) -> Axes:
     """The axes of an array as a description says, in which the gates divide the nodes."""
     if not is_description(numbers):
         raise TypeError(
             f"weight_dimension_numbers must be DimensionNumbers (or another object with"
             f" reduction_axis and output_axis), got {numbers!r}."
         )
-    numbers = cast(HasAxes, numbers)
+    ndim = len(array.shape)
     axes = Axes.of(
-        np.ndim(array),
+        ndim,
         output=numbers.output_axis,
-        reduction=_axes_of("reduction_axis", numbers.reduction_axis, np.ndim(array)),
+        reduction=_axes_of("reduction_axis", numbers.reduction_axis, ndim),
         gates=getattr(numbers, "gates", 1),
     )
     axes.shape(array)
@@ -247,23 +275,24 @@ def _is_real(x: jax.typing.ArrayLike) -> bool:
 
 
 def _check_gain(gain: object) -> None:
-    kinds = int | float | np.number | np.ndarray | jax.Array
-    if isinstance(gain, bool) or not isinstance(gain, kinds):
+    if isinstance(gain, bool) or not isinstance(
+        gain, int | float | np.number | np.ndarray | jax.Array
+    ):
         raise TypeError(
             f"gain must be a number, got {gain!r}. A schedule goes through"
             " optax.inject_hyperparams(scale_by_grapes)(gain=schedule)."
         )
     if np.shape(gain) or not _is_real(gain):
         raise ValueError(f"gain must be one real number, got {gain!r}.")
-    if not isinstance(gain, jax.core.Tracer) and not 0 <= float(gain) < math.inf:
+    if not isinstance(gain, Tracer) and not 0 <= float(gain) < math.inf:
         raise ValueError(f"gain must be finite and not negative, got {gain}.")
 
 
-def _checked_bounds(bounds: object) -> tuple[float, float] | None:
+def _checked_bounds(bounds: tuple[float, float] | None) -> tuple[float, float] | None:
     if bounds is None:
         return None
     try:
-        low, high = map(float, cast(Sequence, bounds) if not isinstance(bounds, str) else ())
+        low, high = map(float, () if isinstance(bounds, str) else bounds)
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"bounds must be a pair of numbers (low, high), or None not to clip; got {bounds!r}."

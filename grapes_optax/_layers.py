@@ -17,6 +17,7 @@ import optax
 from grapes_optax._importance import (
     Axes,
     HasAxes,
+    LeftAlone,
     Options,
     WeightDimNumOrFn,
     is_description,
@@ -25,10 +26,9 @@ from grapes_optax._importance import (
 )
 from grapes_optax._names import (
     ByPath,
-    Description,
+    Reading,
     bias_axes,
     bias_of,
-    by_path,
     masked_note,
     read_names,
     torn,
@@ -37,12 +37,14 @@ from grapes_optax._names import (
 from grapes_optax._tree import Leaf, Path, holes, path_names, path_string, tree_leaves
 from grapes_optax._warn import warn
 
+Given = HasAxes | LeftAlone | None
+
 
 class Member(NamedTuple):
     """One leaf of a layer."""
 
     path: Path
-    array: jax.Array | jax.ShapeDtypeStruct
+    array: jax.Array
     axes: Axes
 
     @property
@@ -80,7 +82,7 @@ class Layer(NamedTuple):
             yield member, part.reshape(member.shape)
 
 
-def _given(numbers: WeightDimNumOrFn, params: optax.Params) -> dict[Path, HasAxes | None]:
+def _given(numbers: WeightDimNumOrFn, params: optax.Params) -> dict[Path, Given]:
     """The description as the user gave it: by path of a leaf or of a branch."""
     # A module of Equinox is callable, and may yet be a tree of descriptions.
     if callable(numbers) and jax.tree_util.all_leaves([numbers]):
@@ -95,22 +97,22 @@ def _given(numbers: WeightDimNumOrFn, params: optax.Params) -> dict[Path, HasAxe
     )
     given = {path_names(keys): value for keys, value in flat}
     for path, value in given.items():
-        if value is not None and not is_description(value):
+        if not (value is None or isinstance(value, LeftAlone) or is_description(value)):
             raise TypeError(
                 f"weight_dimension_numbers holds {value!r} at {path_string(path)}: expected"
                 " DimensionNumbers (or another object with reduction_axis and output_axis), or"
-                " None for what is not modulated."
+                " None or LeftAlone for what is not modulated."
             )
     return given
 
 
-def _read_tree(numbers: WeightDimNumOrFn, params: optax.Params) -> Description:
+def _read_tree(numbers: WeightDimNumOrFn, params: optax.Params) -> Reading:
     """What a tree of descriptions, a prefix of one, or a single one says of each leaf."""
     given = _given(numbers, params)
     leaves = {leaf.path: leaf for leaf in tree_leaves(params)}
     missing = holes(params)
-    covers = _covers(given, leaves, missing)
-    wanted = {path: given[cover] for path, cover in covers.items() if given[cover] is not None}
+    values = _spread(given, leaves, missing)
+    wanted = {path: value for path, value in values.items() if is_description(value)}
 
     described: dict[Path, tuple[Axes, Hashable]] = {}
     for path, value in wanted.items():
@@ -128,7 +130,8 @@ def _read_tree(numbers: WeightDimNumOrFn, params: optax.Params) -> Description:
     gone = {
         _group(value): path_string(hole)
         for path, value in given.items()
-        if _group(value) is not None
+        if is_description(value)
+        and _group(value) is not None
         and value.reduction_axis != ()
         and (hole := _hole_at(path, missing)) is not None
     }
@@ -139,13 +142,14 @@ def _read_tree(numbers: WeightDimNumOrFn, params: optax.Params) -> Description:
         if group in gone:
             alone.append(leaves[path])
             del described[path]
-    return Description(described, masked_note(alone))
+    reasons = {path: value.reason for path, value in values.items() if isinstance(value, LeftAlone)}
+    return Reading(described, masked_note(alone), reasons)
 
 
-def _covers(
-    given: dict[Path, HasAxes | None], leaves: Iterable[Path], missing: set[Path]
-) -> dict[Path, Path]:
-    """The described beginning of the path of each leaf; description and leaves must fit."""
+def _spread(
+    given: dict[Path, Given], leaves: Iterable[Path], missing: set[Path]
+) -> dict[Path, Given]:
+    """What was given for each leaf, or for a branch that holds it; all must fit."""
     covers = {}
     for path in leaves:
         beginnings = (path[:n] for n in range(len(path), -1, -1))
@@ -157,12 +161,12 @@ def _covers(
             )
         covers[path] = cover
     for path in given.keys() - set(covers.values()) - {()}:
-        if given[path] is not None and _hole_at(path, missing) is None:
+        if is_description(given[path]) and _hole_at(path, missing) is None:
             raise ValueError(
                 "weight_dimension_numbers does not fit the parameters: it describes"
                 f" {path_string(path)}, where they have no leaf."
             )
-    return covers
+    return {path: given[cover] for path, cover in covers.items()}
 
 
 def _hole_at(path: Path, missing: set[Path]) -> Path | None:
@@ -172,7 +176,7 @@ def _hole_at(path: Path, missing: set[Path]) -> Path | None:
     return next(itertools.chain(above, below), None)
 
 
-def _group(value: HasAxes | None) -> Hashable:
+def _group(value: HasAxes) -> Hashable:
     return getattr(value, "group", None)
 
 
@@ -187,52 +191,57 @@ def _resolve(leaf: Leaf, value: HasAxes) -> Axes:
         raise type(error)(message) from error
 
 
+class Layers(NamedTuple):
+    """The layers of a parameter tree, and why leaves are left alone where that is known."""
+
+    layers: list[Layer]
+    reasons: dict[Path, str]
+
+
 def resolve_layers(
-    params: optax.Params, weight_dimension_numbers: WeightDimNumOrFn | None, *, quiet: bool = False
-) -> list[Layer]:
+    params: optax.Params, weight_dimension_numbers: WeightDimNumOrFn, *, quiet: bool = False
+) -> Layers:
     """Layers of a parameter tree under a description; checks all, computes nothing."""
-    numbers = by_path() if weight_dimension_numbers is None else weight_dimension_numbers
     leaves = {leaf.path: leaf for leaf in tree_leaves(params)}
     for leaf in leaves.values():
         if isinstance(leaf.array, str):
             raise TypeError(f"params hold {leaf.array!r} at {path_string(leaf.path)}: no array.")
+    numbers = ByPath() if weight_dimension_numbers is None else weight_dimension_numbers
     if isinstance(numbers, ByPath):
-        described, notes = read_names(params, numbers.where)
+        reading = read_names(params, numbers.where)
     else:
-        described, notes = _read_tree(numbers, params)
-    for note in () if quiet else notes:
+        reading = _read_tree(numbers, params)
+    for note in () if quiet else reading.notes:
         warn(note)
     groups: dict[Hashable, list[Member]] = {}
-    for path, (axes, group) in described.items():
+    for path, (axes, group) in reading.leaves.items():
         groups.setdefault(group, []).append(Member(path, leaves[path].array, axes))
-    layers = []
-    for label, members in groups.items():
-        kernels = tuple(member for member in members if member.axes.reduction)
-        biases = tuple(member for member in members if not member.axes.reduction)
-        if not kernels:
-            raise ValueError(
-                f"weight_dimension_numbers of {path_string(members[0].path)} leave no fan-in: name"
-                " a reduction_axis to sum over, or (for a bias) the group of a kernel."
-            )
-        layers.append(Layer(label, kernels, biases))
-        _check(layers[-1])
-    return layers
+    layers = [_layer(group, members) for group, members in groups.items()]
+    return Layers(layers, reading.reasons)
 
 
-def _check(layer: Layer) -> None:
-    first, *others = layer.kernels + layer.biases
-    gates = {path_string(kernel.path): kernel.axes.gates for kernel in layer.kernels}
+def _layer(group: Hashable, members: list[Member]) -> Layer:
+    kernels = tuple(member for member in members if member.axes.reduction)
+    biases = tuple(member for member in members if not member.axes.reduction)
+    if not kernels:
+        raise ValueError(
+            f"weight_dimension_numbers of {path_string(members[0].path)} leave no fan-in: name a"
+            " reduction_axis to sum over, or (for a bias) the group of a kernel."
+        )
+    gates = {path_string(kernel.path): kernel.axes.gates for kernel in kernels}
     if len(set(gates.values())) > 1:
         raise ValueError(f"Kernels of one group must have the same number of gates, got {gates}.")
+    first, *others = kernels + biases
     *outer, last = first.shape
-    allowed = [first.shape, (*outer, last // layer.gates)]
+    allowed = [first.shape, (*outer, last // first.axes.gates)]
     for member in others:
-        fits = allowed if member in layer.biases else allowed[:1]
+        fits = allowed if member in biases else allowed[:1]
         if _without_ones(member.shape) not in map(_without_ones, fits):
             shapes = {path_string(m.path): m.shape for m in (first, *others)}
             raise ValueError(
                 f"Leaves of one group must have the same stack and nodes, got {shapes}."
             )
+    return Layer(group, kernels, biases)
 
 
 def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:

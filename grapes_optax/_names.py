@@ -19,11 +19,12 @@ Leaves = Mapping[Path, Leaf]
 Where = Callable[[str], bool]
 
 
-class Description(NamedTuple):
-    """Axes and group of the leaves to modulate, and what is to be said of the others."""
+class Reading(NamedTuple):
+    """What was read of a tree: axes and group of the leaves to modulate, and notes on others."""
 
     leaves: dict[Path, tuple[Axes, Hashable]]
     notes: list[str]
+    reasons: dict[Path, str]  # why a leaf is left alone
 
 
 def kernel_paths(params: optax.Params) -> list[Path]:
@@ -125,7 +126,7 @@ def torn(here: str, gone: str) -> ValueError:
 # Kernels.
 
 
-class Reading(NamedTuple):
+class Layout(NamedTuple):
     """One way to read a kernel."""
 
     axes: Axes
@@ -150,7 +151,7 @@ class Names:
             for kernel in self.kernels
             if (bias := self.bias(kernel))
             and set(bias.shape) <= set(kernel.shape)
-            and not self.readings(kernel)
+            and not self.layouts(kernel)
         }
 
     def bias(self, kernel: Leaf) -> Leaf | None:
@@ -164,7 +165,7 @@ class Names:
         rows = (row for row in itertools.chain(*CONVENTIONS) if row.output is None)
         return any(self._is_meant(row, kernel) for row in rows)
 
-    def readings(self, kernel: Leaf) -> set[Reading]:
+    def layouts(self, kernel: Leaf) -> set[Layout]:
         """What the first alternatives of which any fits allow."""
         for rows in CONVENTIONS:
             read = (self._read(row, kernel) for row in rows if self._is_meant(row, kernel))
@@ -172,15 +173,15 @@ class Names:
                 return found
         return set()
 
-    def settled(self, kernel: Leaf) -> Reading | None:
-        """The one reading of a kernel that nothing in the tree speaks against."""
-        if len(found := self.readings(kernel)) != 1:
+    def settled(self, kernel: Leaf) -> Layout | None:
+        """The one layout of a kernel that nothing in the tree speaks against."""
+        if len(found := self.layouts(kernel)) != 1:
             return None
-        (reading,), bias = found, self.bias(kernel)
-        nodes = [kernel.shape[axis] for axis in reading.axes.output]
+        (layout,), bias = found, self.bias(kernel)
+        nodes = [kernel.shape[axis] for axis in layout.axes.output]
         is_proved = bias is not None and all(kernel.shape.count(size) == 1 for size in nodes)
-        doubtful = kernel.path[-1] in self.disproved and not (reading.is_told or is_proved)
-        return None if doubtful else reading
+        doubtful = kernel.path[-1] in self.disproved and not (layout.is_told or is_proved)
+        return None if doubtful else layout
 
     def _is_meant(self, row: Convention, kernel: Leaf) -> bool:
         names = (*kernel.path[-2:-1], kernel.module)
@@ -198,7 +199,7 @@ class Names:
         sizes = [kernel.shape[axis] for axis in beside.own]
         return sizes == [other.shape[axis] for axis in beside.axes]
 
-    def _read(self, row: Convention, kernel: Leaf) -> Reading | None:
+    def _read(self, row: Convention, kernel: Leaf) -> Layout | None:
         bias = self.bias(kernel)
         named = row.reduction or row.stack or row.beside
         if bias is None and (row.with_bias or (not named and self._may_be_stack(kernel))):
@@ -213,13 +214,13 @@ class Names:
         group = cell.paths if cell and gates else (kernel.path,)
         axes = axes._replace(gates=gates or axes.gates)
         fits = axes.reduction and (bias is None or bias_axes(bias, kernel, axes))
-        return Reading(axes, group, row.is_told) if fits else None
+        return Layout(axes, group, row.is_told) if fits else None
 
     def _may_be_stack(self, kernel: Leaf) -> bool:
         return kernel.ndim > 2 and kernel.path[:-2] in self.stacks
 
 
-def read_names(params: optax.Params, where: Where | None = None) -> Description:
+def read_names(params: optax.Params, where: Where | None = None) -> Reading:
     """Describes the leaves of a tree by their names; refuses a `where` that cannot be followed."""
     names = Names(params)
     places = {leaf.path: place for place, leaf in enumerate(names.kernels)}
@@ -233,14 +234,14 @@ def read_names(params: optax.Params, where: Where | None = None) -> Description:
     described: dict[Path, tuple[Axes, Hashable]] = {}
     labels: dict[str, Path] = {}
     for kernel in wanted:
-        if reading := settled[kernel.path]:
-            _check_group(kernel, reading, settled, missing)
-            first = min(reading.group, key=places.__getitem__)
+        if layout := settled[kernel.path]:
+            _check_group(kernel, layout, settled, missing)
+            first = min(layout.group, key=places.__getitem__)
             if labels.setdefault(label := path_string(first), first) != first:
                 raise ValueError(f"Two kernels have the path {label}: describe them by hand.")
-            described[kernel.path] = reading.axes, label
+            described[kernel.path] = layout.axes, label
             bias = bias_of(kernel, names.leaves)
-            if bias and (along := bias_axes(bias, kernel, reading.axes)):
+            if bias and (along := bias_axes(bias, kernel, layout.axes)):
                 described[bias.path] = along, label
 
     open_ = [kernel for kernel in wanted if settled[kernel.path] is None]
@@ -255,7 +256,8 @@ def read_names(params: optax.Params, where: Where | None = None) -> Description:
             f"GRAPES modulates nothing: by_path knows none of {listed(names.leaves.values())}."
         )
     alone = [names.leaves[path] for path in without_kernel(names.leaves, holes(params))]
-    return Description(described, [f"{note} {WAY_OUT}" for note in notes] + masked_note(alone))
+    reasons = {leaf.path: "not settled" for leaf in open_}
+    return Reading(described, [f"{note} {WAY_OUT}" for note in notes] + masked_note(alone), reasons)
 
 
 WAY_OUT = (
@@ -265,10 +267,10 @@ WAY_OUT = (
 
 
 def _check_group(
-    kernel: Leaf, reading: Reading, wanted: Container[Path], missing: Container[Path]
+    kernel: Leaf, layout: Layout, wanted: Container[Path], missing: Container[Path]
 ) -> None:
     """All kernels of a layer go together, or the importance would be that of another layer."""
-    for other in reading.group:
+    for other in layout.group:
         if other not in wanted:
             raise ValueError(
                 f"`where` selects {path_string(kernel.path)} and not {path_string(other)}, which"
@@ -318,7 +320,7 @@ def listed(leaves: Iterable[Leaf], most: int = 8) -> str:
 class ByPath:
     """The description of a tree by the names on its paths: what :func:`by_path` returns."""
 
-    where: Where | None
+    where: Where | None = None
 
     def __call__(self, params: optax.Params) -> optax.Params:
         dtype = getattr(params, "dtype", type(params))
@@ -328,7 +330,7 @@ class ByPath:
                 " it in static_args, or it is called with the step count like a schedule:"
                 ' static_args="weight_dimension_numbers".'
             )
-        described, notes = read_names(params, self.where)
+        described, notes, _ = read_names(params, self.where)
         for note in notes:
             warn(note)
         return jax.tree_util.tree_map_with_path(

@@ -30,7 +30,7 @@ def _sizes(member: Member) -> list[str]:
 
 def factors(
     params: optax.Params,
-    weight_dimension_numbers: WeightDimNumOrFn | None = None,
+    weight_dimension_numbers: WeightDimNumOrFn = None,
     *,
     gain: jax.typing.ArrayLike = 2.0,
     bounds: tuple[float, float] | None = (1.0, 2.0),
@@ -80,7 +80,7 @@ def factors(
     options = Options(gain, bounds, normalization, control).checked()
     found = {
         member.path: factor
-        for layer in resolve_layers(params, weight_dimension_numbers)
+        for layer in resolve_layers(params, weight_dimension_numbers).layers
         for member, factor in layer.factors(options)
     }
     return jax.tree_util.tree_map_with_path(lambda keys, _: found.get(path_names(keys)), params)
@@ -88,7 +88,7 @@ def factors(
 
 def summary(
     params: optax.Params,
-    weight_dimension_numbers: WeightDimNumOrFn | None = None,
+    weight_dimension_numbers: WeightDimNumOrFn = None,
     *,
     gain: jax.typing.ArrayLike = 2.0,
     bounds: tuple[float, float] | None = (1.0, 2.0),
@@ -106,9 +106,10 @@ def summary(
       control: as in :func:`scale_by_grapes`.
 
     Returns:
-      A table with one row a leaf: path, shape, role (kernel, bias, left alone), group
-      (leaves of one group are one layer), fan-in, nodes, stacked layers, gates, and
-      minimum, mean and maximum of the factors of the layer's nodes.
+      A table with one row a leaf: path, shape, role (kernel or bias; or left alone, and
+      where it is known why: not settled, output), group (leaves of one group are one
+      layer), fan-in, nodes, stacked layers, gates, and minimum, mean and maximum of the
+      factors of the layer's nodes.
 
     Raises:
       ValueError: as :func:`scale_by_grapes` and its ``update``.
@@ -128,17 +129,17 @@ def summary(
     """
     options = Options(gain, bounds, normalization, control).checked()
     cells = {}
-    for layer in resolve_layers(params, weight_dimension_numbers):
+    layers, reasons = resolve_layers(params, weight_dimension_numbers)
+    for layer in layers:
         statistics = _statistics(layer, options)
         for members, role in (layer.kernels, "kernel"), (layer.biases, "bias"):
             for member in members:
                 gates = str(layer.gates)
                 cells[member.path] = [role, str(layer.group), *_sizes(member), gates, *statistics]
-    alone = ["left alone", ""] + [""] * len(_NUMBERS)
-    table = [
-        [path_string(leaf.path), str(np.shape(leaf.array)), *cells.get(leaf.path, alone)]
-        for leaf in tree_leaves(params)
-    ]
+    table = []
+    for path, array, _ in tree_leaves(params):
+        alone = [reasons.get(path, "left alone"), *("" for _ in ("group", *_NUMBERS))]
+        table.append([path_string(path), str(np.shape(array)), *cells.get(path, alone)])
     return _aligned([[*_TEXT, *_NUMBERS], *table])
 
 

@@ -36,7 +36,7 @@ def _check_fit(updates: optax.Updates, params: optax.Params) -> None:
 
 
 def scale_by_grapes(
-    weight_dimension_numbers: WeightDimNumOrFn | None = None,
+    weight_dimension_numbers: WeightDimNumOrFn = None,
     *,
     gain: jax.typing.ArrayLike = 2.0,
     bounds: tuple[float, float] | None = (1.0, 2.0),
@@ -126,7 +126,7 @@ def scale_by_grapes(
         _check_fit(updates, params)
         factors = {
             member.path: expand(factor, member.axes)
-            for layer in resolve_layers(params, weight_dimension_numbers, quiet=True)
+            for layer in resolve_layers(params, weight_dimension_numbers, quiet=True).layers
             for member, factor in layer.factors(options)
         }
 
