@@ -19,7 +19,7 @@ class Convention(NamedTuple):
     """
 
     leaf: str
-    output: tuple[int, ...] | None  # None: not modulated
+    output: tuple[int, ...] | None  # None: not modulated; (): the names leave it open
     reduction: tuple[int, ...] | None = None
     stack: tuple[int, ...] = ()
     ndim: int | None = None  # None: any that has these axes
@@ -44,6 +44,7 @@ _CONV = "(?i)^(?!.*(transpose|deconv)).*conv"
 # the bias has the shape of the row's stack and nodes. A leaf that nothing settles is left
 # alone, and a warning names it.
 CONVENTIONS: tuple[tuple[Convention, ...], ...] = (
+    *((Convention(leaf, (), module="(?i)einsum"),) for leaf in ("kernel", "w", "weight")),
     # Flax attention: (inputs, heads, dim) and (heads, dim, outputs), known by each other;
     # scanned along axis 0 or 1.
     (
@@ -86,7 +87,10 @@ CONVENTIONS: tuple[tuple[Convention, ...], ...] = (
     ),
     # Dense, Linear, DenseGeneral to one axis; ConvLocal; Conv (grouped and depthwise too).
     (Convention("kernel", (-1,), ndim=2),),
-    (Convention("kernel", (-1,), reduction=(-2,), module=_DENSE, with_bias=True),),
+    (
+        Convention("kernel", (-1,), reduction=(-2,), module=_DENSE, with_bias=True),
+        Convention("kernel", (-1,), stack=(1,), module=_DENSE, with_bias=True),
+    ),
     (Convention("kernel", (-1,), reduction=(-2,), module=r"^ConvLocal(_\d+)?$"),),
     (
         Convention("kernel", (-1,), module=_TRANSPOSED, with_bias=True),
@@ -116,7 +120,7 @@ CONVENTIONS: tuple[tuple[Convention, ...], ...] = (
     (Convention("w_i", (-1,), reduction=(-2,)),),
     (Convention("w_h", (-1,), reduction=(-2,)),),
     # Equinox, and PyTorch's order in plain trees: nodes first.
-    (Convention("weight", None, module="(?i)embed|norm"),),
+    (Convention("weight", None, module="(?i)embed|norm|^w[tp]e$"),),
     (Convention("weight", (-2,), reduction=(-1,), module="^Linear$"),),
     *(
         (

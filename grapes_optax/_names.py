@@ -95,11 +95,9 @@ def _partners(names: Path) -> Iterator[tuple[Path, bool]]:
     """Where the other kernel of a cell would lie, and whether this one reads the input."""
     for pair, depth in itertools.product(PAIRS, (1, 2)):  # names of leaves, or of modules
         outer, own, inner = names[:-depth], names[-depth:][:1], names[len(names) - depth + 1 :]
-        if re.search(pair.parent, "/".join(outer)):
-            if own == (pair.input,):
-                yield (*outer, pair.carry, *inner), True
-            if own == (pair.carry,):
-                yield (*outer, pair.input, *inner), False
+        for name, other in (pair.input, pair.carry), (pair.carry, pair.input):
+            if own == (name,) and re.search(pair.parent, "/".join(outer)):
+                yield (*outer, other, *inner), name == pair.input
 
 
 def cells_of(shapes: Mapping[Path, Sequence[int]]) -> dict[Path, Cell]:
@@ -168,8 +166,9 @@ class Names:
     def layouts(self, kernel: Leaf) -> set[Layout]:
         """What the first alternatives of which any fits allow."""
         for rows in CONVENTIONS:
-            read = (self._read(row, kernel) for row in rows if self._is_meant(row, kernel))
-            if found := set(filter(None, read)):
+            meant = [row for row in rows if self._is_meant(row, kernel)]
+            found = set(filter(None, (self._read(row, kernel) for row in meant)))
+            if found or any(row.output == () for row in meant):
                 return found
         return set()
 

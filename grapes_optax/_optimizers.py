@@ -27,7 +27,7 @@ def grapes_sgd(
     learning_rate: optax.ScalarOrSchedule,
     momentum: jax.typing.ArrayLike | None = None,
     nesterov: bool = False,
-    accumulator_dtype: Any | None = None,
+    accumulator_dtype: jax.typing.DTypeLike | None = None,
     *,
     weight_dimension_numbers: WeightDimNumOrFn = None,
     gain: jax.typing.ArrayLike = 2.0,

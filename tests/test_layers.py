@@ -139,9 +139,11 @@ def test_more_than_one_reading_is_left_alone():
     with pytest.warns(UserWarning, match=r"do not settle: net/kernel \(4, 4, 4\)") as record:
         assert by_path()(params) == {"net": {"kernel": None, "bias": None}}
     assert "weight_dimension_numbers=" in str(record[0].message)
-    # The name of the module tells: a stack of Dense layers.
+    # The name of the module tells that it is a stack of Dense layers, but not along which axis.
+    with pytest.warns(UserWarning, match=r"do not settle: Dense_0/kernel \(4, 4, 4\)"):
+        by_path()({"Dense_0": params["net"]})
     assert_modulated(
-        {"Dense_0": params["net"]},
+        {"Dense_0": {"kernel": jnp.ones((4, 4, 5)), "bias": jnp.ones((4, 5))}},
         {"Dense_0/kernel": (1, 2), "Dense_0/bias": "Dense_0/kernel"},
     )
 

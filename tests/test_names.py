@@ -214,6 +214,7 @@ def test_settled(module, leaves, reduction, output, bias_output):
         ("query", {"kernel": (5, 3, 4)}),  # without `out` beside it, a stack as well
         ("DenseGeneral_0", {"kernel": (5, 3, 4)}),
         ("Einsum_0", {"kernel": (2, 5, 3, 4)}),
+        ("Einsum_0", {"kernel": (5, 7)}),  # nodes first or last, as its equation says
         ("x", {"kernel": (3, 3, 7), "bias": (3, 7)}),
         ("x", {"kernel": (5, 7), "bias": (3,)}),
     ],
