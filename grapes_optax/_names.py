@@ -227,13 +227,19 @@ def read_names(params: optax.Params, where: Where | None = None) -> Reading:
     wanted = [kernel for kernel in kernels if where is None or where(path_string(kernel.path))]
     if kernels and not wanted:
         raise ValueError(f"`where` selects none of the kernels: there are {listed(kernels)}.")
-    settled = {kernel.path: names.settled(kernel) for kernel in wanted}
+    layouts = {kernel.path: names.settled(kernel) for kernel in wanted}
+    # A layer is settled where all its kernels are: a part of them has another importance.
+    settled = {
+        path: layout
+        for path, layout in layouts.items()
+        if layout and all(layouts.get(other, layout) for other in layout.group)
+    }
     missing = {_split(path) for path in holes(params)}
 
     described: dict[Path, tuple[Axes, Hashable]] = {}
     labels: dict[str, Path] = {}
     for kernel in wanted:
-        if layout := settled[kernel.path]:
+        if layout := settled.get(kernel.path):
             _check_group(kernel, layout, settled, missing)
             first = min(layout.group, key=places.__getitem__)
             if labels.setdefault(label := path_string(first), first) != first:
@@ -243,7 +249,7 @@ def read_names(params: optax.Params, where: Where | None = None) -> Reading:
             if bias and (along := bias_axes(bias, kernel, layout.axes)):
                 described[bias.path] = along, label
 
-    open_ = [kernel for kernel in wanted if settled[kernel.path] is None]
+    open_ = [kernel for kernel in wanted if kernel.path not in settled]
     open_ += [
         leaf for leaf in _strangers(names.leaves) if not where or where(path_string(leaf.path))
     ]

@@ -314,6 +314,14 @@ def test_a_bias_disproves_the_order_of_its_kin(tree, alone):
         assert (f"{name}/{kernel} (" in message) == (name in alone), name
 
 
+def test_a_layer_is_settled_where_all_its_kernels_are():
+    cell = {"i": layer("kernel", (5, 7)), "h": layer("kernel", (7, 7), 1)}  # h may lie either way
+    assert by_path()(shapes(cell))["i"]["kernel"].group == "h/kernel"
+    with pytest.warns(UserWarning, match=r"settle: c/kernel .*, h/kernel .*, i/kernel"):
+        described = by_path()(shapes(cell | {"c": layer("kernel", (48, 16), 0)}))
+    assert jax.tree.leaves(described) == []
+
+
 def test_vectors_of_rank_2_tell_a_stack():
     block = {"Conv_0": {"kernel": (9, 3, 5, 7)}, "BatchNorm_0": {"scale": (9, 7), "bias": (9, 7)}}
     with pytest.warns(UserWarning, match=r"do not settle: blocks/Conv_0/kernel"):
