@@ -183,8 +183,9 @@ def _group(value: HasAxes) -> Hashable:
 def _resolve(leaf: Leaf, value: HasAxes) -> Axes:
     try:
         hash(_group(value))
-        if not jnp.issubdtype(leaf.array.dtype, jnp.inexact):
-            raise TypeError(f"a leaf of {leaf.array.dtype} cannot be modulated.")
+        kind = getattr(leaf.array, "dtype", None)
+        if kind is None or not jnp.issubdtype(kind, jnp.inexact):
+            raise TypeError(f"{leaf.array if kind is None else kind} cannot be modulated: no floats.")
         return resolve_axes(value, leaf.array)
     except (TypeError, ValueError) as error:
         message = f"weight_dimension_numbers of {path_string(leaf.path)}: {error}"

@@ -228,11 +228,12 @@ def read_names(params: optax.Params, where: Where | None = None) -> Reading:
     if kernels and not wanted:
         raise ValueError(f"`where` selects none of the kernels: there are {listed(kernels)}.")
     layouts = {kernel.path: names.settled(kernel) for kernel in wanted}
+    groups = {path: layout and layout.group for path, layout in layouts.items()}
     # A layer is settled where all its kernels are: a part of them has another importance.
     settled = {
         path: layout
         for path, layout in layouts.items()
-        if layout and all(layouts.get(other, layout) for other in layout.group)
+        if layout and all(groups.get(other, layout.group) == layout.group for other in layout.group)
     }
     missing = {_split(path) for path in holes(params)}
 

@@ -1,7 +1,9 @@
 """What users read: code in the pages runs, every public name is there, nothing private is used."""
 
+import inspect
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -44,6 +46,26 @@ def test_every_public_name_is_documented():
     for name, thing in PUBLIC.items():
         assert f"`{name.split('.')[-1]}(" in api, f"docs/api.md lacks {name}"
         assert ">>>" in thing.__doc__, f"{name} has no example"
+
+
+def test_types_of_the_public_interface_say_something():
+    for name, thing in PUBLIC.items():
+        if inspect.isfunction(thing):
+            signature = inspect.signature(thing)
+            types = {p.name: p.annotation for p in signature.parameters.values()}
+            types["return"] = signature.return_annotation
+            vague = [x for x, kind in types.items() if kind in (Any, inspect.Parameter.empty)]
+            assert not vague, f"{name}: {vague}"
+            assert thing.__module__.startswith("grapes_optax"), name
+
+
+def test_all_is_all():
+    for name in grapes_optax.__all__:
+        assert hasattr(grapes_optax, name)
+    public = {name for name in vars(grapes_optax) if not name.startswith("_")}
+    modules = {"equinox", "haiku", "linen", "nnx", "spiking"}  # where they were imported
+    assert public - modules == set(grapes_optax.__all__)
+    assert re.fullmatch(r"\d+\.\d+\.\d+", grapes_optax.__version__)
 
 
 def test_table_of_the_demo_is_in_the_readme():

@@ -240,7 +240,12 @@ CALLS = {
     "init, of integers": (
         lambda: init(DimensionNumbers(), jnp.ones((2, 3), int)),
         TypeError,
-        "a leaf of int32 cannot be modulated",
+        "of (root): int32 cannot be modulated",
+    ),
+    "init, of a number": (
+        lambda: init({"a": DimensionNumbers()}, {"a": 1.0}),
+        TypeError,
+        "of a: 1.0 cannot be modulated",
     ),
     "update, without params": (
         lambda: g.scale_by_grapes().update(G, optax.EmptyState()),
