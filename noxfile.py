@@ -18,6 +18,7 @@ os.environ["PATH"] = os.pathsep.join(paths)
 
 
 def run_tests(session: nox.Session, *options: str) -> None:
+    """Install the packages with `options` of uv, and run pytest."""
     packages = "--editable=.[examples,data,tensorboard]", "--group=test"
     session.install(*options, *packages)
     session.run("pytest", "-n", "2", *session.posargs)
