@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test test-all lint bench clean
 
 EXAMPLE ?= digits
 demo: $(VENV)/examples
@@ -11,6 +11,11 @@ demo: $(VENV)/examples
 
 test: $(VENV)/test
 	$(RUN)python -m pytest -n 2
+
+# On the newest releases and on the oldest; NOX="-s floor" chooses, see noxfile.py.
+test-all: $(VENV)/pip
+	$(RUN)python -m pip install --quiet 'nox[uv]'
+	$(RUN)nox $(NOX)
 
 lint: $(VENV)/lint
 	$(RUN)ruff check
@@ -23,7 +28,7 @@ bench: $(VENV)/examples
 	$(RUN)python -m benchmarks.program
 
 clean:
-	rm -rf .venv runs build dist .pytest_cache .hypothesis .ruff_cache
+	rm -rf .venv .nox runs build dist .pytest_cache .hypothesis .ruff_cache
 
 # A file named after each set of packages stands for its installation.
 $(VENV)/pip:
@@ -36,7 +41,7 @@ $(VENV)/examples: $(VENV)/pip pyproject.toml
 	touch $@
 
 $(VENV)/test: $(VENV)/examples
-	$(RUN)python -m pip install --quiet --group test
+	$(RUN)python -m pip install --quiet --editable '.[data,tensorboard]' --group test
 	touch $@
 
 $(VENV)/lint: $(VENV)/test

@@ -51,6 +51,7 @@ def run(example: str, options: list[str], monkeypatch) -> None:
     importlib.import_module(f"examples.{example}").main()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("example", CASES)
 def test_example(example, tmp_path, monkeypatch, capsys):
     options, floors, methods = CASES[example]
@@ -94,6 +95,7 @@ def trained(method, epochs=1, **options):
     return training.train(model, method, data, seeds=2, epochs=epochs, **options)
 
 
+@pytest.mark.slow
 def test_methods_start_alike_and_longer_runs_go_on_where_shorter_ones_end():
     methods = digits.methods(0.1)
     plain, direct = methods["BP: plain"], methods["DFA: plain"]
@@ -104,6 +106,7 @@ def test_methods_start_alike_and_longer_runs_go_on_where_shorter_ones_end():
         jax.tree.map(np.testing.assert_array_equal, run.first, short.first)
 
 
+@pytest.mark.slow
 def test_model_sees_what_is_prepared():
     seen = set()
 
@@ -117,6 +120,7 @@ def test_model_sees_what_is_prepared():
     assert len(seen) == 1 + trainings + tests  # a key for the shapes; new ones, and always the same
 
 
+@pytest.mark.slow
 def test_spiking(tmp_path, monkeypatch, capsys):
     networks = {name: spiking.NETWORKS[name] for name in ("sSNU", "recurrent SNU")}
     monkeypatch.setattr(spiking, "NETWORKS", networks)

@@ -203,12 +203,10 @@ Float64Test = load("_src/float64_test.py", "Float64Test", CONSTRUCTORS)
 ShardingTest = load("_src/sharding_test.py", "ShardingTest", list(SHARDED.items()))
 
 
-def test_no_test_is_lost():
-    suites = AliasTest, ContribTest, Float64Test, ShardingTest
-    names = unittest.defaultTestLoader.getTestCaseNames
-    assert {suite.__name__: len(names(suite)) for suite in suites} == {
-        "AliasTest": 96,
-        "ContribTest": 128,
-        "Float64Test": 10,
-        "ShardingTest": 51,
-    }
+# How many tests Optax 0.2.8 has; a later one may have more.
+COUNTS = {AliasTest: 96, ContribTest: 128, Float64Test: 10, ShardingTest: 51}
+
+
+@pytest.mark.parametrize("suite", COUNTS, ids=lambda suite: suite.__name__)
+def test_no_test_is_lost(suite):
+    assert len(unittest.defaultTestLoader.getTestCaseNames(suite)) >= COUNTS[suite]

@@ -103,6 +103,7 @@ def test_authors_set_up():
     assert not np.allclose(modulated["Dense_1"]["kernel"], plain["Dense_1"]["kernel"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("variant", "rule"), [("plain", "BP"), ("local GRAPES", "DFA")])
 def test_unit_equals_the_training_of_the_examples(variant, rule, data, tmp_path):
     """The learning rate in the state, and lanes of several rates, change nothing."""
@@ -287,6 +288,7 @@ class StopError(Exception):
     pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("save_every", [0.0, 1e9], ids=["with checkpoints", "without"])
 def test_resumed_run_ends_with_the_same_numbers(save_every, data, tmp_path, monkeypatch):
     cells = [PLAIN, dataclasses.replace(PLAIN, variant="propagated GRAPES", rule="FA")]
@@ -348,6 +350,7 @@ def test_damaged_file(tmp_path, capsys):
     assert "line 1: damaged" in refusal(["run", "memory", f"--out={tmp_path}"], capsys)
 
 
+@pytest.mark.slow
 def test_killed_process_goes_on(tmp_path):
     options = ["run", "depth", "--preset=smoke", "--panels=depth 1", "--epochs=12"]
     command = [
@@ -502,6 +505,7 @@ def test_all_experiments_in_folders_of_their_own(tmp_path, monkeypatch):
     assert {rest[1].name for _, rest in called} == {f"{name}-digits-smoke" for name in EXPERIMENTS}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_smoke(name, tmp_path):
     """Every experiment and its report; the digits are learned a little."""

@@ -298,6 +298,7 @@ def test_claim_needs_every_control():
     assert numbers.holds([*kinds[1:], first._replace(diverged=(1, 0))]) == "no"
 
 
+@pytest.mark.slow
 def test_reports_are_the_same_to_the_byte(reported, tmp_path):
     report(write(tmp_path, lines_of(small(), made_up)))
     names = sorted(path.name for path in reported.iterdir())

@@ -19,6 +19,7 @@ def without_pictures(monkeypatch):
     monkeypatch.setattr(figures, "save", lambda figure, path: None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
 def test_report_follows_from_the_lines(folder, tmp_path, without_pictures):
     (tmp_path / records.NAME).write_bytes((folder / records.NAME).read_bytes())
@@ -31,6 +32,7 @@ def test_report_follows_from_the_lines(folder, tmp_path, without_pictures):
     assert all(f"]({name})" in expected for name in drawn)
 
 
+@pytest.mark.slow
 def test_index_follows_from_the_lines(tmp_path, without_pictures):
     for folder in FOLDERS:
         (tmp_path / folder.name).mkdir()
@@ -51,6 +53,7 @@ def test_results_are_whole():
             assert "--out" not in run["command"]
 
 
+@pytest.mark.slow
 def test_where_grapes_is_better_than_all_its_controls():
     """The page says where, and that it is nowhere else."""
     found = set()

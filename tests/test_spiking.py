@@ -242,6 +242,7 @@ class Reader(nn.Module):
         return nn.Dense(10, name="output")((x * mask).sum(1) / steps)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cell", CELLS)
 def test_norm_of_the_gradient_over_time(cell):
     model, hidden = Reader(CELLS[cell]), lambda path: "output" not in path
@@ -280,6 +281,7 @@ def test_norm_of_the_gradient_over_time(cell):
 # Another library of spiking networks.
 
 
+@pytest.mark.slow
 def test_spyx(capsys):
     pytest.importorskip("spyx")
     (code,) = [code for code in re.findall(r"```py\n(.*?)```", PAGE, re.S) if "spyx.nn" in code]
