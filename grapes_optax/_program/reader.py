@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from grapes_optax._program.equations import Unfollowed
 from grapes_optax._program.flat import Operation, Program
 from grapes_optax._program.values import (
     Axis,
@@ -75,6 +76,11 @@ class Reader:
     def shape(self, op: Operation) -> tuple[int, ...]:
         return self.program.shapes[op.outputs[0]]
 
+    def has_shape(self, number: int, value: Value) -> bool:
+        """Whether the axes that are followed are those of the value."""
+        shape = self.program.shapes[number]
+        return not isinstance(value, View) or value.shape == shape or 0 in shape
+
     def extent(self, axis: Any) -> int:
         return self.shapes[axis[0]][axis[1]]
 
@@ -121,7 +127,7 @@ class Reader:
             ends |= {(factor.start + end) * factor.stride for end in (start, start + size)}
 
     def _entry(self, view: Any, factor: Factor, index: int | None) -> Any:
-        """One entry of a factor, which itself stays; None if not understood."""
+        """One entry of a factor, which itself stays."""
         entry = None if index is None or factor.start is None else factor.start + index
         for k, dim in enumerate(view.dims):
             for i, minor in enumerate(dim):
@@ -130,25 +136,25 @@ class Reader:
                     start = None if entry is None else entry * minor.size
                     return view.with_dim(k, *dim[:i], minor._replace(start=start), *dim[i + 1 :])
         if factor.size < self.extent(factor.axis):
-            return None
+            raise Unfollowed
         return replace(view, indexed=(*view.indexed, (factor.axis, entry)))
 
     def part(self, view: Any, k: int, start: int | None, size: int) -> Any:
-        """A slice of an axis; None if not understood."""
+        """A slice of an axis."""
         factors = [factor for factor in view.dims[k] if factor.size > 1]
-        if view is None or size == math.prod(factor.size for factor in factors):
+        if size == math.prod(factor.size for factor in factors):
             return view
         if all(factor.axis is None for factor in factors):
             return view.with_dim(k, *broadcast(size))
         first, *rest = factors
         inner = math.prod(factor.size for factor in rest)
         if size % inner or (start or 0) % inner or first.axis is None:
-            return None
+            raise Unfollowed
         start, size = None if start is None else start // inner, size // inner
         self._cut(view, first, start, size)
         if size == 1:
             view = self._entry(view, first, start)
-            return view and view.with_dim(k, *[f for f in view.dims[k] if f.size > 1][1:])
+            return view.with_dim(k, *[f for f in view.dims[k] if f.size > 1][1:])
         begin = None if start is None or first.start is None else first.start + start
         return view.with_dim(k, first._replace(size=size, start=begin), *rest)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from grapes_optax._program.equations import Strange, Unfollowed
 from grapes_optax._program.flat import Operation, Program
 from grapes_optax._program.reader import Joined, Reader
 from grapes_optax._program.values import (
@@ -54,14 +55,13 @@ def _moved(change: Callable[[Reader, Operation, Any], Sequence[Any]]) -> Callabl
             return [view] * len(op.outputs)
         if isinstance(view, Weight) and reader.from_input(op.inputs[1:]):
             view = replace(view, looked_up=True)
-        results = change(reader, op, view)
-        return _unknown(reader, op, [view]) if None in results else list(results)
+        return list(change(reader, op, view))
 
     return rule
 
 
-def _with_dims(view: Any, dims: Iterable[Dim] | None) -> list[Any]:
-    return [None if view is None or dims is None else replace(view, dims=tuple(dims))]
+def _with_dims(view: Any, dims: Iterable[Dim]) -> list[Any]:
+    return [replace(view, dims=tuple(dims))]
 
 
 def _transpose(reader, op, view):
@@ -70,8 +70,9 @@ def _transpose(reader, op, view):
 
 def _reshape(reader, op, view):
     if 0 in reader.shape(op):
-        return [None]
-    return _with_dims(view, regrouped(view.factors(op.params["dimensions"]), reader.shape(op)))
+        raise Unfollowed
+    order = op.params["dimensions"]
+    return _with_dims(view, regrouped(view.factors(order), reader.shape(op)))
 
 
 def _squeeze(reader, op, view):
@@ -98,14 +99,14 @@ def _slice(reader, op, view):
     starts, ends = op.params["start_indices"], op.params["limit_indices"]
     for k, (start, end, step) in enumerate(zip(starts, ends, strides, strict=False)):
         if step > 1 and view.axes([k]):
-            return [None]
-        view = view and reader.part(view, k, start, -(-(end - start) // step))
+            raise Unfollowed
+        view = reader.part(view, k, start, -(-(end - start) // step))
     return [view]
 
 
 def _dynamic_slice(reader, op, view):
     for k, size in enumerate(op.params["slice_sizes"]):
-        view = view and reader.part(view, k, None, size)
+        view = reader.part(view, k, None, size)
     return [view]
 
 
@@ -117,7 +118,7 @@ def _split(reader, op, view):
 
 def _entry_of(reader, view, k, index):
     part = reader.part(view, k, index, 1)
-    return part and replace(part, dims=part.dims[:k] + part.dims[k + 1 :])
+    return replace(part, dims=part.dims[:k] + part.dims[k + 1 :])
 
 
 def _unstack(reader, op, view):
@@ -135,13 +136,13 @@ def _elements(reader, op, view):
 def _gather(reader, op, view):
     numbers = op.params["dimension_numbers"]
     if numbers.operand_batching_dims:
-        return [None]
+        raise Unfollowed
     for k, size in enumerate(op.params["slice_sizes"]):
-        view = view and reader.part(view, k, None, size)
+        view = reader.part(view, k, None, size)
     left_out, offset = numbers.collapsed_slice_dims, numbers.offset_dims
-    kept = iter([dim for k, dim in enumerate(view.dims) if k not in left_out] if view else ())
+    kept = (dim for k, dim in enumerate(view.dims) if k not in left_out)
     shape = enumerate(reader.shape(op))
-    return _with_dims(view, (next(kept) if k in offset else broadcast(size) for k, size in shape))
+    return _with_dims(view, [next(kept) if k in offset else broadcast(size) for k, size in shape])
 
 
 def _concatenate(reader: Reader, op: Operation, operands: Sequence[Value]) -> list[Value]:
@@ -399,8 +400,27 @@ def read(program: Program, leaves: Sequence[Leaf]) -> Reader:
                 reader.report([leaf], "not used")
     for op in program.operations:
         operands = [_operand(program, number, values.get(number, Data())) for number in op.inputs]
-        values |= zip(op.outputs, RULES.get(op.name, _unknown)(reader, op, operands), strict=True)
+        values |= zip(op.outputs, _results(reader, op, operands), strict=True)
     return reader
+
+
+def _results(reader: Reader, op: Operation, operands: Sequence[Value]) -> list[Value]:
+    """What the rule of an operation says of its results, as far as it can follow them."""
+    try:
+        if op.unfollowed:
+            raise Unfollowed(op.unfollowed)
+        results = RULES.get(op.name, _unknown)(reader, op, operands)
+        if not all(map(reader.has_shape, op.outputs, results)):
+            raise Strange(op.name, "results of another shape")
+        return results
+    except Unfollowed as reason:
+        caught: Unfollowed = reason
+    except Exception as error:  # A coming release may write the equation in any way.
+        caught = Strange(op.name, repr(error))
+    if isinstance(caught, Strange):  # Something may have been noted already.
+        weights = [value.leaf for value in operands if isinstance(value, Weight)]
+        reader.report_lost((leaf, str(caught)) for leaf in weights)
+    return _unknown(reader, op, operands, str(caught))
 
 
 def _operand(program: Program, number: int, value: Value) -> Value:

@@ -1,9 +1,12 @@
 """What a value of the program is: data, the weights of a leaf, or a pre-activation."""
 
 import itertools
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
+
+from grapes_optax._program.equations import Unfollowed
 
 Axis = tuple[int, int]  # number of a leaf, and of one of its axes
 
@@ -50,6 +53,10 @@ class View:
         """Whether nothing is broadcast along these axes."""
         return all(f.axis or f.size == 1 for f in self.factors(dims))
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(math.prod(factor.size for factor in dim) for dim in self.dims)
+
     def with_dim(self, k: int, *dim: Factor) -> Any:
         return replace(self, dims=(*self.dims[:k], dim, *self.dims[k + 1 :]))
 
@@ -90,7 +97,7 @@ def _divided(factor: Factor, size: int) -> tuple[Factor, Factor] | None:
     return major, factor._replace(size=minor, start=0)
 
 
-def regrouped(factors: Iterable[Factor], shape: Sequence[int]) -> tuple[Dim, ...] | None:
+def regrouped(factors: Iterable[Factor], shape: Sequence[int]) -> tuple[Dim, ...]:
     """The factors dealt out to the axes of a new shape."""
     queue: list[Factor] = []
     for factor in factors:
@@ -104,7 +111,7 @@ def regrouped(factors: Iterable[Factor], shape: Sequence[int]) -> tuple[Dim, ...
             if size % queue[0].size:
                 parts = _divided(queue[0], size)
                 if parts is None:
-                    return None
+                    raise Unfollowed
                 queue[:1] = parts
             dims[-1] += (queue[0],)
             size //= queue.pop(0).size
