@@ -3,6 +3,7 @@
 from grapes_optax._feedback import Alignment as Alignment
 from grapes_optax._feedback import alignment as alignment
 from grapes_optax._importance import DimensionNumbers as DimensionNumbers
+from grapes_optax._importance import LeftAlone as LeftAlone
 from grapes_optax._importance import importance_factor as importance_factor
 from grapes_optax._importance import node_importance as node_importance
 from grapes_optax._modulation import modulate_error as modulate_error

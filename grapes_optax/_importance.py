@@ -1,5 +1,6 @@
 """Importance and factor of the nodes of one layer: arrays and axes in, array out."""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Hashable, Sequence
@@ -45,6 +46,24 @@ class DimensionNumbers(NamedTuple):
     output_axis: int | Sequence[int] = 1
     group: Hashable = None
     gates: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class LeftAlone:
+    """Says in a description that a leaf is not modulated, and why.
+
+    ``None`` says the same without a reason. :func:`infer_dimension_numbers` gives it to
+    the output layer, and :func:`summary` shows the reason as the role of the leaf.
+
+    Attributes:
+      reason: a word or two.
+
+    Examples:
+      >>> from grapes_optax import DimensionNumbers, LeftAlone
+      >>> description = {"hidden": DimensionNumbers(), "output": LeftAlone("output")}
+    """
+
+    reason: str
 
 
 class Axes(NamedTuple):

@@ -15,6 +15,7 @@ import optax
 from grapes_optax._importance import (
     Axes,
     DimensionNumbers,
+    LeftAlone,
     Options,
     expand,
     layer_factor,
@@ -82,11 +83,11 @@ def _given(weight_dimension_numbers: Any, params: optax.Params) -> dict[Path, An
     )
     given = {path_names(keys): value for keys, value in flat}
     for path, value in given.items():
-        if value is not None and not is_description(value):
+        if not (value is None or isinstance(value, LeftAlone) or is_description(value)):
             raise TypeError(
                 f"weight_dimension_numbers holds {value!r} at {path_string(path)}: expected"
                 " DimensionNumbers (or another object with reduction_axis and output_axis), or"
-                " None for what is not modulated."
+                " None or LeftAlone for what is not modulated."
             )
     return given
 
@@ -111,13 +112,13 @@ def _described(given: dict[Path, Any], leaves: dict[Path, Leaf], params: Any) ->
     holes = leaves_where(params, _is_hole)
     for path in given.keys() - set(covered.values()) - {()}:
         masked = any(hole[: len(path)] == path[: len(hole)] for hole in holes)
-        if given[path] is not None and not masked:
+        if is_description(given[path]) and not masked:
             raise ValueError(
                 "weight_dimension_numbers does not fit the parameters: it describes"
                 f" {path_string(path)}, where they have no leaf."
             )
     described = {path: given[prefix] for path, prefix in covered.items()}
-    return {path: value for path, value in described.items() if value is not None}
+    return {path: value for path, value in described.items() if is_description(value)}
 
 
 def _with_groups(
@@ -161,7 +162,15 @@ def _resolve(leaf: Leaf, description: Any) -> Axes:
 
 def resolve_layers(params: optax.Params, weight_dimension_numbers: Any) -> list[Layer]:
     """Layers of a parameter tree under a description; checks all, computes nothing."""
+    return resolve(params, weight_dimension_numbers)[0]
+
+
+def resolve(
+    params: optax.Params, weight_dimension_numbers: Any
+) -> tuple[list[Layer], dict[Path, LeftAlone]]:
+    """The layers, and what the description says of leaves or branches that it leaves alone."""
     given = _given(weight_dimension_numbers, params)
+    alone = {path: value for path, value in given.items() if isinstance(value, LeftAlone)}
     leaves = {leaf.path: leaf for leaf in tree_leaves(params)}
     grouped = _with_groups(_described(given, leaves, params), leaves, given)
 
@@ -174,7 +183,7 @@ def resolve_layers(params: optax.Params, weight_dimension_numbers: Any) -> list[
     elsewhere = {
         getattr(value, "group", None)
         for path, value in given.items()
-        if path not in leaves and value is not None and value.reduction_axis != ()
+        if path not in leaves and is_description(value) and value.reduction_axis != ()
     }
     layers = []
     for label, members in groups.items():
@@ -188,7 +197,7 @@ def resolve_layers(params: optax.Params, weight_dimension_numbers: Any) -> list[
                 f"weight_dimension_numbers of {path_string(members[0].path)} leave no fan-in: name"
                 " a reduction_axis to sum over, or (for a bias) the group of a kernel."
             )
-    return layers
+    return layers, alone
 
 
 def _check(layer: Layer) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 
 from grapes_optax._importance import Control, Normalization, Options
-from grapes_optax._layers import Layer, Member, resolve_layers
+from grapes_optax._layers import Layer, Member, resolve
 from grapes_optax._tree import path_string, tree_leaves
 
 _TEXT = "path", "shape", "role", "group"
@@ -49,7 +49,8 @@ def summary(
       control: as in :func:`scale_by_grapes`.
 
     Returns:
-      A table with one row a leaf: path, shape, role (kernel, bias, left alone), group
+      A table with one row a leaf: path, shape, role (kernel, bias, left alone, or the
+      reason of a :class:`LeftAlone`: output), group
       (leaves of one group are one layer), fan-in, nodes, stacked layers, gates, and
       minimum, mean and maximum of the factors of the layer's nodes.
 
@@ -71,15 +72,25 @@ def summary(
     """
     options = Options(gain, bounds, normalization, control).checked()
     cells = {}
-    for layer in resolve_layers(params, weight_dimension_numbers):
+    layers, left_alone = resolve(params, weight_dimension_numbers)
+    for layer in layers:
         statistics = _statistics(layer, options)
         for members, role in (layer.kernels, "kernel"), (layer.biases, "bias"):
             for member in members:
                 gates = str(layer.gates)
                 cells[member.path] = [role, str(layer.group), *_sizes(member), gates, *statistics]
-    alone = ["left alone", ""] + [""] * len(_NUMBERS)
+
+    def alone(path):
+        prefixes = (path[:n] for n in range(len(path), -1, -1))
+        reasons = (left_alone[prefix].reason for prefix in prefixes if prefix in left_alone)
+        return [next(reasons, "left alone"), ""] + [""] * len(_NUMBERS)
+
     table = [
-        [path_string(leaf.path), str(np.shape(leaf.array)), *cells.get(leaf.path, alone)]
+        [
+            path_string(leaf.path),
+            str(np.shape(leaf.array)),
+            *(cells.get(leaf.path) or alone(leaf.path)),
+        ]
         for leaf in tree_leaves(params)
     ]
     return _aligned([[*_TEXT, *_NUMBERS], *table])

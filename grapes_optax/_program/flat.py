@@ -29,7 +29,7 @@ class Operation:
 class Program:
     """The operations that the results need. A loop runs once, and `carry` closes it."""
 
-    def __init__(self, closed: core.ClosedJaxpr, parameters: int):
+    def __init__(self, closed: Any, parameters: int):
         self.shapes: list[tuple[int, ...]] = []
         self.constants: dict[int, Any] = {}  # arrays and numbers that are known
         self.operations: list[Operation] = []

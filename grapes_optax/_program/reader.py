@@ -58,12 +58,15 @@ class Reader:
         self.shapes = [np.shape(leaf.array) for leaf in leaves]  # and those of joined leaves
         self.joined: dict[int, Joined] = {}
         self.uses: dict[int, set[Use]] = defaultdict(set)
+        # Leaves in each product of weights with what comes from the input, by the product.
+        self.products: dict[int, frozenset[int]] = {}
         self.looked_up: set[int] = set()
-        self.summed: set[int] = set()  # after a multiplication entry by entry
+        self.summed: dict[int, int] = {}  # after a multiplication entry by entry, by the sum
         self.in_pieces: set[int] = set()  # kernels of which a part of the fan-in is used
         self.rejoined: set[int] = set()  # those whose parts are summed
         self.sums: set[frozenset[int]] = set()
         self.biases: set[Bias] = set()
+        self.added_to: dict[int, set[int]] = defaultdict(set)  # as biases or not: their kernels
         # Where axes are cut, before or (True) after the nonlinearity; None: not into pieces,
         # or only the running program knows.
         self.ends: dict[Any, set[int | None]] = defaultdict(set)
@@ -94,11 +97,23 @@ class Reader:
         found = list(map(self.same, axes))
         self._parents |= {axis: found[0] for axis in found if axis != found[0]}
 
+    def members(self, leaves: Iterable[int]) -> set[int]:
+        """The leaves themselves in place of those that the program put together."""
+        found: set[int] = set()
+        for leaf in leaves:
+            parts = self.joined[leaf].parts if leaf in self.joined else ()
+            found |= self.members(part.leaf for part in parts if part) if parts else {leaf}
+        return found
+
     def report(self, leaves: Iterable[int], reason: str) -> None:
         for leaf in leaves:
             parts = self.joined[leaf].parts if leaf in self.joined else ()
             self.report((part.leaf for part in parts if part), reason)
             self.reasons.setdefault(leaf, reason)
+
+    def unsettled(self) -> dict[int, str]:
+        """The leaves that are left alone for a reason."""
+        return {leaf: why for leaf, why in self.reasons.items() if leaf < len(self.leaves)}
 
     def report_lost(self, lost: Iterable[tuple[int, str]]) -> None:
         for leaf, reason in lost:
@@ -113,6 +128,14 @@ class Reader:
             known = value.looked_up or value.product
             return value.lost | (frozenset() if known else {(value.leaf, reason)})
         return value.lost if isinstance(value, Data) else frozenset()
+
+    def holds_weights(self, number: int, value: Value) -> bool:
+        """Whether a value was made of parameters alone, and is no activation."""
+        if isinstance(value, Weight):
+            return not value.product
+        of_input = number in self.program.from_input
+        of_parameters = number in self.program.from_parameters and not of_input
+        return isinstance(value, Data) and (bool(value.lost) or of_parameters)
 
     # Parts of an axis.
 
@@ -171,6 +194,7 @@ class Reader:
         if fan_in & (nodes | {axis for axis, _ in weight.indexed}):
             self.report(kernels, "an axis is fan-in and something else as well")
         if from_input:
+            self.products[op.outputs[0]] = kernels
             self.report_lost(weight.lost)
         for axis in fan_in:
             sizes = (factor.size for factor in weight.factors() if factor.axis == axis)
@@ -219,6 +243,7 @@ class Reader:
 
     def add_parameter(self, pre: Pre, weight: Weight) -> None:
         """A parameter added to a pre-activation: a bias if it has just its nodes and stack."""
+        self.added_to[weight.leaf] |= self.members(pre.kernels)
         pairs, entries = aligned(pre, weight), self._entries(pre, weight)
         more = len(weight.indexed) > len(pre.indexed) or not self.shapes[weight.leaf]
         if more or any(right.axis and not left.axis for left, right in pairs):

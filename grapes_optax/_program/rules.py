@@ -33,12 +33,18 @@ def _unknown(
     reason = reason or f"goes through {op.name}"
     lost = frozenset(pair for value in operands for pair in reader.consume(value, reason))
     if reader.from_input(op.outputs):
+        pairs = zip(op.inputs, operands, strict=True)
+        weights = {number for number, value in pairs if reader.holds_weights(number, value)}
+        # A number chooses or scales, and leaves the rest what it is.
+        data = [n for n in op.inputs if n not in weights and reader.program.shapes[n]]
         if op.name not in MIXING:
             reader.report_lost(lost)
+            if weights and data and op.name != "cond":
+                reader.products[op.outputs[0]] = frozenset(leaf for leaf, _ in lost)
         # Weights alone may yet make a kernel: a mean plus a deviation times noise.
-        weights = [value.leaf for value in operands if isinstance(value, Weight)]
-        together = len(weights) == len(operands) > 1
-        lost = frozenset((leaf, reason) for leaf in weights if together)
+        alone = [value.leaf for value in operands if isinstance(value, Weight)]
+        together = len(alone) == len(operands) > 1
+        lost = frozenset((leaf, reason) for leaf in alone if together or not data)
     return [Data(lost=lost)] * len(op.outputs)
 
 
@@ -228,7 +234,7 @@ def _sum_over(reader: Reader, op: Operation, operands: Sequence[Value]) -> list[
         long = {axis for axis in value.axes() if reader.extent(axis) > 1}
         summed = long & value.axes(op.params["axes"])
         if summed and summed != long:
-            reader.summed.add(value.leaf)
+            reader.summed[op.outputs[0]] = value.leaf
     return _unknown(reader, op, operands)
 
 
