@@ -235,6 +235,9 @@ def _sum_over(reader: Reader, op: Operation, operands: Sequence[Value]) -> list[
         summed = long & value.axes(op.params["axes"])
         if summed and summed != long:
             reader.summed[op.outputs[0]] = value.leaf
+        elif summed and value.linear and math.prod(reader.shape(op)) > 1:
+            # A vector, or a row that was looked up, is the kernel of a single node.
+            reader.products[op.outputs[0]] = frozenset({value.leaf})
     return _unknown(reader, op, operands)
 
 
@@ -289,10 +292,13 @@ def _on_weights(reader: Reader, op: Operation, operands: Sequence[Value]) -> Val
         if not (isinstance(value, Weight) and value.leaf == weight.leaf)
     ]
     if reader.from_input(number for number, value in others if not _is_uniform(value)):
-        return replace(weight, product=True) if op.name in ("mul", "div", "select_n") else None
+        if op.name not in ("mul", "div", "select_n"):
+            return None
+        return replace(weight, product=True, linear=op.name == "mul" and not weight.product)
     lost = [reader.consume(value) if isinstance(value, Data) else () for _, value in others]
     rest = (pair for pair in itertools.chain(weight.lost, *lost) if pair[0] != weight.leaf)
-    return replace(weight, lost=frozenset(rest))
+    linear = weight.linear and len(weights) == 1 and op.name in ("mul", "div", "neg")
+    return replace(weight, linear=linear, lost=frozenset(rest))
 
 
 def _add(reader: Reader, op: Operation, operands: Sequence[Value]) -> Value | None:

@@ -68,6 +68,7 @@ class Weight(View):
     leaf: int
     looked_up: bool = False  # the input says which entry of an axis it holds
     product: bool = False  # multiplied by data: a masked kernel, or the scale of a norm
+    linear: bool = False  # and by nothing but that
     lost: Lost = frozenset()  # other leaves that went in
 
 
