@@ -22,13 +22,14 @@ axes is a row of *factors*, and a factor is an axis of a leaf, or a part of one 
 stride), or data. A reshape deals the factors out anew, a transpose permutes them, a slice
 shortens one; so wherever a product meets a kernel, the axes that it contracts are axes of the leaf.
 
-`rules` has one rule for each operation: from the values that go in (and the numbers of the values,
-for their shapes) to those that come out. *A new primitive is a row in one of its tables*: ELEMENTWISE
-if it acts entry by entry, IDENTITIES if it changes nothing, MOVES with a function from view to view
-if it moves entries; and a row of `equations.STRUCTURE` for the parameters that it reads. An operation
-without a rule makes data of all, and its weights are *lost*: the leaf is reported as soon as an input
-meets them. A rule that cannot follow a value raises `Unfollowed` with the reason, and `read`
-treats the operation like one without a rule.
+`rules` has one rule for each operation, from the values that go in to those that come out. *A new
+primitive is a row in one of its tables*: ELEMENTWISE if it acts entry by entry, IDENTITIES if it
+changes nothing, MOVES with a function from view to view if it moves entries; and a row of
+`equations.STRUCTURE` for the parameters that it reads. An operation without a rule makes data of
+all, and its weights are *lost*: the leaf is reported as soon as an input meets them. A rule that
+cannot follow a value raises `Unfollowed` with the reason, and `read` treats the operation like one
+without a rule. `constants` answers what is known of entries: counts, zeros, what is the same along
+an axis. A one-hot array is known by them.
 
 `reader` notes what the rules see (:class:`Reader`): products (which axes are fan-in, which nodes),
 kernels summed into one pre-activation, biases added to it, cuts of the nodes (gates), axes that run
@@ -240,16 +241,17 @@ def infer_dimension_numbers(
                 f"params hold {leaf.array!r} at {path_string(leaf.path)}: pass arrays alone, and"
                 " let apply_fn combine them with the rest (eqx.partition, eqx.combine)."
             )
-    gates, stack = ({} if given is None else given for given in (gates, stack))
-    hints = _hints("gates", gates, leaves), _hints("stack", stack, leaves)
+    given = {"gates": gates, "stack": stack}
+    said = {name: {} if value is None else value for name, value in given.items()}
+    hints = [_hints(name, value, leaves) for name, value in said.items()]
     reader = read(_traced(apply_fn, params, inputs, len(leaves)), leaves)
     _check_inputs(reader)
     layers = described(reader, *hints)
     settled = {leaf: numbers for layer in layers for leaf, numbers in layer.items()}
     kernels = {leaf for leaf, numbers in settled.items() if numbers.reduction_axis}
-    for name, given, heeded in ("gates", gates, kernels), ("stack", stack, settled):
+    for name, heeded in ("gates", kernels), ("stack", settled):
         paths = {path for leaf in heeded for path in _branches(leaves[leaf])}
-        for path in given.keys() - paths:
+        for path in said[name].keys() - paths:
             raise ValueError(f"{name} names {path!r}, where the program settles no layer.")
 
     wanted = kernels | {leaf for leaf in reader.unsettled() if leaves[leaf].may_be_kernel}

@@ -87,6 +87,11 @@ class Reader:
     def extent(self, axis: Any) -> int:
         return self.shapes[axis[0]][axis[1]]
 
+    def new_axis(self, size: int) -> Factor:
+        """An axis of no leaf."""
+        self.shapes.append((size,))
+        return Factor((len(self.shapes) - 1, 0), size)
+
     def same(self, axis: Any) -> Axis:
         """What stands for all axes that run along the same nodes, or the same stack."""
         while axis in self._parents:

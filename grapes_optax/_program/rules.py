@@ -2,12 +2,13 @@
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import jax.numpy as jnp
 
+from grapes_optax._program.constants import hot_axes, is_zero
 from grapes_optax._program.equations import Strange, Unfollowed
 from grapes_optax._program.flat import Operation, Program
 from grapes_optax._program.reader import Joined, Reader
@@ -15,6 +16,7 @@ from grapes_optax._program.values import (
     Data,
     Dim,
     Factor,
+    OneHot,
     Pre,
     Value,
     Weight,
@@ -42,7 +44,11 @@ def _unknown(
             if weights and data and op.name != "cond":
                 reader.products[op.outputs[0]] = frozenset(leaf for leaf, _ in lost)
         # Weights alone may yet make a kernel: a mean plus a deviation times noise.
-        alone = [value.leaf for value in operands if isinstance(value, Weight)]
+        alone = [
+            value.leaf
+            for value in operands
+            if isinstance(value, Weight) and not (value.looked_up or value.product)
+        ]
         together = len(alone) == len(operands) > 1
         lost = frozenset((leaf, reason) for leaf in alone if together or not data)
     return [Data(lost=lost)] * len(op.outputs)
@@ -173,11 +179,8 @@ def _concatenate(reader: Reader, op: Operation, operands: Sequence[Value]) -> li
 
 
 def _contraction(reader: Reader, op: Operation, operands: Sequence[Value]) -> list[Value]:
-    contracted, batch = op.params["dimension_numbers"]
-    shapes = [reader.program.shapes[number] for number in op.inputs]
-    free = [
-        [k for k in range(len(shapes[i])) if k not in (*contracted[i], *batch[i])] for i in (0, 1)
-    ]
+    contracted, _ = op.params["dimension_numbers"]
+    free = [_free(reader, op, i) for i in (0, 1)]
 
     def may_be_kernel(i):
         value = operands[i]
@@ -188,6 +191,12 @@ def _contraction(reader: Reader, op: Operation, operands: Sequence[Value]) -> li
             and value.axes(free[i])
         )
 
+    for i in (0, 1):
+        hot, weight = operands[i], operands[1 - i]
+        if isinstance(hot, OneHot) and isinstance(weight, Weight) and hot.axes(contracted[i]):
+            return _look_up(reader, op, 1 - i, weight, hot)
+    if len(contracted[0]) == 0 and any(isinstance(value, OneHot) for value in operands):
+        return [_outer(reader, op, operands)]
     sides = [i for i in (0, 1) if may_be_kernel(i)]
     if len(sides) == 2:  # What was multiplied by data is rather an activation.
         sides = [i for i in sides if not getattr(operands[i], "product", False)]
@@ -198,11 +207,61 @@ def _contraction(reader: Reader, op: Operation, operands: Sequence[Value]) -> li
     (side,) = sides
     weight: Any = operands[side]
     reader.consume(operands[1 - side])
-    dims = [weight.dims[k] for k in batch[side]]
-    for i in (0, 1):
-        dims += [weight.dims[k] if i == side else broadcast(shapes[i][k]) for k in free[i]]
+    dims = _dims_of_product(reader, op, {side: weight})
     fan_in, nodes = weight.axes(contracted[side]), weight.axes(free[side])
     return reader.multiply(op, side, fan_in, nodes, weight, dims)
+
+
+def _free(reader: Reader, op: Operation, i: int) -> list[int]:
+    contracted, batch = op.params["dimension_numbers"]
+    rank = len(reader.program.shapes[op.inputs[i]])
+    return [k for k in range(rank) if k not in (*contracted[i], *batch[i])]
+
+
+def _dims_of_product(reader: Reader, op: Operation, views: Mapping[int, Any]) -> list[Dim]:
+    """The axes of a contraction: those in common, and the free ones of each operand."""
+    _, batch = op.params["dimension_numbers"]
+    side = next(iter(views))
+    dims = [views[side].dims[k] for k in batch[side]]
+    for i in (0, 1):
+        shape = reader.program.shapes[op.inputs[i]]
+        dims += [
+            views[i].dims[k] if i in views else broadcast(shape[k]) for k in _free(reader, op, i)
+        ]
+    return dims
+
+
+def _look_up(reader: Reader, op: Operation, side: int, weight: Weight, hot: OneHot) -> list[Value]:
+    """The entries that a one-hot array selects, as indices would."""
+    contracted, _ = op.params["dimension_numbers"]
+    pairs = list(zip(contracted[side], contracted[1 - side], strict=True))
+    rest = [k for k, of_hot in pairs if not hot.axes([of_hot])]
+    chosen = [weight.dims[k] for k, of_hot in pairs if hot.axes([of_hot])]
+    if any(len(dim) != 1 or dim[0].size != reader.extent(dim[0].axis) for dim in chosen):
+        raise Unfollowed
+    entries = tuple((dim[0].axis, None) for dim in chosen)
+    dims = _dims_of_product(reader, op, {side: weight})
+    found = replace(weight, indexed=(*weight.indexed, *entries), looked_up=True)
+    if not rest:
+        return [replace(found, dims=tuple(dims))]
+    if not hot.scaled:  # A sum of rows of several tables.
+        reader.consume(found)
+        return [Data()]
+    # An activation in the place of one expert among others.
+    free = _free(reader, op, side)
+    if not (found.covers([*rest, *free]) and found.axes(rest) and found.axes(free)):
+        raise Unfollowed
+    fan_in, nodes = found.axes(rest), found.axes(free)
+    return reader.multiply(op, side, fan_in, nodes, found, dims)
+
+
+def _outer(reader: Reader, op: Operation, operands: Sequence[Value]) -> Value:
+    """A product without a sum is one-hot along the axes of its factors."""
+    if any(isinstance(value, Weight) for value in operands):
+        raise Unfollowed
+    (i, hot), *more = [(i, v) for i, v in enumerate(operands) if isinstance(v, OneHot)]
+    scaled = hot.scaled or not more
+    return replace(hot, dims=tuple(_dims_of_product(reader, op, {i: hot})), scaled=scaled)
 
 
 def _convolution(reader: Reader, op: Operation, operands: Sequence[Value]) -> list[Value]:
@@ -266,6 +325,10 @@ def _elementwise(reader: Reader, op: Operation, operands: Sequence[Value]) -> li
         else _spread(value, shape, reader.shape(op))
         for value, shape in zip(operands, shapes, strict=True)
     ]
+    hot = _one_hot(reader, op, operands)
+    if hot:
+        return [hot]
+    operands = [value.data if isinstance(value, OneHot) else value for value in operands]
     kinds = {type(value) for value in operands}
     rule = ON_PRE.get(op.name) if Pre in kinds else _on_weights if Weight in kinds else None
     result = rule and rule(reader, op, operands)
@@ -276,6 +339,41 @@ def _elementwise(reader: Reader, op: Operation, operands: Sequence[Value]) -> li
     steady = list(map(_is_uniform, operands))
     bounded = any(gates) and all(map(any, zip(gates, steady, strict=True)))
     return [replace(data, uniform=all(steady), gate=bounded or op.name in BOUNDED.split())]
+
+
+def _one_hot(reader: Reader, op: Operation, operands: Sequence[Value]) -> OneHot | None:
+    """What is zero but for one entry along some axes, and what stays so."""
+    program, shape = reader.program, reader.shape(op)
+    hot = [value for value in operands if isinstance(value, OneHot)]
+    others = [value for value in operands if not isinstance(value, OneHot)]
+    if op.name == "eq" and not hot:
+        axes = hot_axes(program, *op.inputs)
+        dims = [(reader.new_axis(n),) if k in axes else broadcast(n) for k, n in enumerate(shape)]
+        return OneHot(dims=tuple(dims)) if axes else None
+    if not hot or not all(isinstance(value, Data) for value in others):
+        return None
+    steady = all(_is_uniform(value) or getattr(value, "gate", False) for value in others)
+    scaled = any(value.scaled for value in hot) or not steady
+    if op.name == "select_n" and len(operands) == 3:
+        # The first says which is taken; the other of the two has to be zero.
+        if isinstance(operands[0], OneHot):
+            keeps = is_zero(program, op.inputs[1])
+        else:
+            zeros = [is_zero(program, number) for number in op.inputs[1:]]
+            keeps = len(hot) == 1 and any(
+                zero and isinstance(value, OneHot)
+                for zero, value in zip(zeros, reversed(operands[1:]), strict=True)
+            )
+    else:
+        keeps = op.name in ("mul", "and") or (op.name == "div" and operands[0] is hot[0])
+    if not keeps or any(value.shape != shape for value in hot):
+        return None
+    # A product is one-hot along the axes of both.
+    dims = [
+        next((dim for dim in row if any(f.axis for f in dim)), row[0])
+        for row in zip(*(value.dims for value in hot), strict=True)
+    ]
+    return replace(hot[0], dims=tuple(dims), scaled=scaled)
 
 
 def _on_weights(reader: Reader, op: Operation, operands: Sequence[Value]) -> Value | None:

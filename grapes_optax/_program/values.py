@@ -81,7 +81,18 @@ class Pre(View):
     shared: bool = False  # something else consumes it too, as in a residual stream
 
 
-Value = Data | Weight | Pre
+@dataclass(frozen=True, kw_only=True)
+class OneHot(View):
+    """Zero but for one entry along the axes that are followed: a product with it looks up."""
+
+    scaled: bool = False  # by data: the entry says more than which one it is
+
+    @property
+    def data(self) -> Data:
+        return Data(gate=not self.scaled)
+
+
+Value = Data | Weight | Pre | OneHot
 
 
 def broadcast(size: int) -> Dim:
