@@ -20,7 +20,7 @@ BY_ENTRY = """
 def _entries(program: Program, number: int) -> np.ndarray | None:
     """The entries of a constant, if they are numbers, and known outside of the program."""
     value = program.constants.get(number)
-    is_key = jnp.issubdtype(getattr(value, "dtype", None), jax.dtypes.extended)
+    is_key = jnp.issubdtype(getattr(value, "dtype", float), jax.dtypes.extended)
     try:
         return None if value is None or is_key else np.asarray(value)
     except jax.errors.JAXTypeError:  # an array of another program around this one

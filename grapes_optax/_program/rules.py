@@ -45,9 +45,7 @@ def _unknown(
                 reader.products[op.outputs[0]] = frozenset(leaf for leaf, _ in lost)
         # Weights alone may yet make a kernel: a mean plus a deviation times noise.
         alone = [
-            value.leaf
-            for value in operands
-            if isinstance(value, Weight) and not (value.looked_up or value.product)
+            value.leaf for value in operands if isinstance(value, Weight) and not value.looked_up
         ]
         together = len(alone) == len(operands) > 1
         lost = frozenset((leaf, reason) for leaf in alone if together or not data)
