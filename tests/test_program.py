@@ -26,6 +26,7 @@ from programs import (
 )
 
 from grapes_optax import (
+    infer_dimension_numbers,
     modulate_error,
     scale_by_grapes,
     summary,
@@ -397,7 +398,6 @@ def net(p, x):
         ({"stack": {"norm/scale": 0}}, "stack names 'norm/scale', where the program settles"),
         ({"gates": {"hidden/kernel": 2}}, "gates do not divide 7 nodes: hidden/kernel: 2"),
         ({"gates": {"": 0}}, "gates do not divide 7 nodes: hidden/kernel: 0"),
-        ({"gates": {"": 1.0}}, "gates do not divide"),
         ({"stack": {"hidden/kernel": 1}}, "stack names axis 1, fan-in: hidden/kernel: 1"),
         ({"stack": {"hidden/kernel": 3}}, "axis 3, out of range for 3 axes: hidden/kernel: 3"),
         ({"stack": {"hidden": -3}}, "axis -3, out of range for 2 axes: hidden/bias: -3"),
@@ -450,3 +450,81 @@ def test_feeds_the_modulation_of_an_error():
         np.testing.assert_allclose(cotangent, local["b"], rtol=1e-6)
         for gate in np.split(np.asarray(cotangent), 4):
             assert gate.max() == 2  # a maximum of its own
+
+
+# What is passed, and what is not.
+
+ALONG = {"w": array(5, 7), "b": array(7), "v": array(7, 3), "table": array(9, 5)}
+CONSTANT = np.ones((2, 5), np.float32)
+
+
+def network(p, x):
+    return jnp.tanh(x @ p["w"] + p["b"]) @ p["v"]
+
+
+@pytest.mark.parametrize(
+    ("function", "inputs"),
+    [
+        (lambda p: network(p, CONSTANT), ()),
+        (lambda p: network(p, jnp.linspace(0.0, 1.0, 5)), ()),
+        (lambda p: network(p, p["table"][np.arange(2)]), ()),
+        (lambda p: p["table"][np.arange(2)], ()),
+        (lambda p, n: network(p, jnp.full(5, n)), (3.0,)),
+        (lambda p, train: network(p, CONSTANT), (True,)),
+        (lambda p, x: network(p, CONSTANT), (array(2, 5),)),
+        (lambda p, x: (network(p, CONSTANT), x), (array(2, 5),)),
+        (lambda p, key: network(p, CONSTANT) + jax.random.normal(key, (2, 3)), (KEY,)),
+    ],
+)
+def test_inputs_that_are_not_passed(function, inputs):
+    with pytest.raises(ValueError, match=r"No kernel is multiplied by an input: .* as an argument"):
+        infer_dimension_numbers(function, ALONG, *inputs)
+
+
+@pytest.mark.parametrize(
+    ("function", "inputs"),
+    [
+        # The way out for a function without inputs: its constant as an argument.
+        (network, (CONSTANT,)),
+        (lambda p, n: network(p, jnp.full(5, n)), (jnp.float32(3),)),
+        (lambda p, key: network(p, jax.random.normal(key, (2, 5))), (KEY,)),
+        (lambda p, inputs: network(p, inputs["x"]), ({"x": array(2, 5), "train": True},)),
+        # A part of the network may see constants alone.
+        (
+            lambda p, x: x @ p["w"] + (jnp.tanh(jnp.linspace(0.0, 1.0, 7) @ p["v"])).sum(),
+            (array(2, 5),),
+        ),
+    ],
+)
+def test_inputs_that_are_passed(function, inputs):
+    params = {k: v for k, v in ALONG.items() if k != "table"}
+    found = by_leaf(infer_all(lambda p, *x: function(p, *x) + p["b"].sum(), params, *inputs))
+    assert (found["w"][:2], found["v"][:2]) == (((0,), (1,)), ((0,), (1,)))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "error", "message"),
+    [
+        ((None, ALONG), {}, TypeError, "apply_fn must be a function, got None"),
+        (({"w": 1}, ALONG), {}, TypeError, "apply_fn must be a function, got {'w': 1}"),
+        ((network, "params"), {}, TypeError, "params hold 'params' at .root."),
+        ((network, {"w": 3.0}), {}, TypeError, "params hold 3.0 at w: pass arrays alone"),
+        (
+            (network, ALONG),
+            {"where": "output"},
+            TypeError,
+            "where must be a function, got 'out",
+        ),
+        ((network, ALONG), {"gates": 4}, TypeError, "gates must map paths to numbers, .* got 4"),
+        ((network, ALONG), {"stack": 0}, TypeError, "stack must map paths to numbers, .* got 0"),
+        ((network, ALONG), {"stack": ["w"]}, TypeError, r"stack must map paths .* got \['w'\]"),
+        ((network, ALONG), {"stack": {"w": "0"}}, TypeError, "stack of w must be an int .* '0'"),
+        ((network, ALONG), {"stack": {"w": (0.5,)}}, TypeError, "stack of w must be an int"),
+        ((network, ALONG), {"gates": {"w": "4"}}, TypeError, "gates of w must be an int, got '4'"),
+        ((network, ALONG), {"gates": {"": 1.0}}, TypeError, "gates of .root. must be an int"),
+        ((network, ALONG), {"gates": {3: 4}}, TypeError, "gates must map paths to numbers"),
+    ],
+)
+def test_arguments_of_a_wrong_type(arguments, options, error, message):
+    with pytest.raises(error, match=message):
+        infer_dimension_numbers(*arguments, array(2, 5), **options)

@@ -71,10 +71,15 @@ def _branches(leaf: Leaf) -> list[str]:
 
 def _hints(name: str, given: Mapping[str, Any], leaves: Sequence[Leaf]) -> dict[int, Any]:
     """What the user says of each leaf, or else of the closest branch."""
-    if not isinstance(given, Mapping):
+    if not isinstance(given, Mapping) or not all(isinstance(path, str) for path in given):
         raise TypeError(
             f"{name} must map paths to numbers, as {{'lstm/linear/w': 4}} does, got {given!r}."
         )
+    for path, value in given.items():
+        several = name == "stack" and isinstance(value, tuple | list)
+        if not all(isinstance(n, int | np.integer) for n in (value if several else (value,))):
+            what = "an int or a tuple of ints" if name == "stack" else "an int"
+            raise TypeError(f"{name} of {path or '(root)'} must be {what}, got {value!r}.")
     known = sorted({path for leaf in leaves for path in _branches(leaf)})
     for path in given.keys() - set(known):
         near = difflib.get_close_matches(path, known, 1)

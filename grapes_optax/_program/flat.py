@@ -9,7 +9,7 @@ from typing import Any
 from jax.extend import core
 
 from grapes_optax._program import equations
-from grapes_optax._program.equations import Unfollowed
+from grapes_optax._program.equations import Strange, Unfollowed
 
 # Operations that take a part of a value.
 PARTS = frozenset({"dynamic_slice", "slice", "split", "unstack"})
@@ -98,8 +98,10 @@ class Program:
                 if written:
                     raise Unfollowed(f"goes through {name}, in an array that is changed in place")
                 results = INLINED.get(name, _as_it_is)(self, eqn, inputs)
-            except Unfollowed as reason:
-                results = self.emit(name, inputs, outputs, unfollowed=str(reason)).outputs
+            except Exception as reason:  # A coming release may write the equation in any way.
+                known = isinstance(reason, Unfollowed)
+                why = str(reason if known else Strange(name, repr(reason)))
+                results = self.emit(name, inputs, outputs, unfollowed=why).outputs
             numbers |= zip(outputs, results, strict=True)
         return [number(atom) for atom in jaxpr.outvars]
 
