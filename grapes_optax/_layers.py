@@ -185,7 +185,9 @@ def _resolve(leaf: Leaf, value: HasAxes) -> Axes:
         hash(_group(value))
         kind = getattr(leaf.array, "dtype", None)
         if kind is None or not jnp.issubdtype(kind, jnp.inexact):
-            raise TypeError(f"{leaf.array if kind is None else kind} cannot be modulated: no floats.")
+            raise TypeError(
+                f"{leaf.array if kind is None else kind} cannot be modulated: no floats."
+            )
         return resolve_axes(value, leaf.array)
     except (TypeError, ValueError) as error:
         message = f"weight_dimension_numbers of {path_string(leaf.path)}: {error}"

@@ -39,9 +39,13 @@ def path_names(keys: jax.tree_util.KeyPath) -> Path:
     return tuple(str(next(getattr(k, f) for f in fields if hasattr(k, f))) for k in keys)
 
 
+def without_collection(path: Path) -> Path:
+    return path[1:] if path[:1] == ("params",) else path
+
+
 def path_string(path: Path) -> str:
     """A path as users write and read it: without the collection `params` of linen."""
-    return "/".join(path[1:] if path[:1] == ("params",) else path) or "(root)"
+    return "/".join(without_collection(path)) or "(root)"
 
 
 def tree_leaves(tree: Any) -> Iterator[Leaf]:

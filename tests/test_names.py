@@ -12,12 +12,16 @@ import numpy as np
 import optax
 import pytest
 import reference
+import test_program_cells
+import test_program_layers
+import test_program_models
 from flax import nnx
-from test_program import CASES, assert_layers, inferred
+from programs import assert_layers, inferred
 
 from grapes_optax import DimensionNumbers, by_path, scale_by_grapes, summary
 
 KEY = jax.random.key(0)
+CASES = test_program_layers.CASES | test_program_cells.CASES | test_program_models.CASES
 
 
 pytestmark = pytest.mark.usefixtures("promotion_of_frameworks")
@@ -414,7 +418,7 @@ DIFFERENT = {
     "recurrent: haiku LSTM": "read from the program without a hint",
     "model: PaLM": "parallel branches, summed",
     "model: Inception": "parallel branches, summed",
-    "linear: nnx LoRALinear, whole": "low rank by name, kernels for the program",
+    "linear: nnx LoRALinear": "low rank by name, kernels for the program",
     "linear: linen SpectralNorm of the input": "used in two ways, for the program",
 }
 NAMED = [name for name, case in CASES.items() if not case.make.__qualname__.startswith("plain.")]

@@ -1,11 +1,15 @@
 """The program as one flat list of operations: calls and bodies of loops are written out."""
 
+import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from jax.extend import core
+
+from grapes_optax._program import equations
+from grapes_optax._program.equations import Strange, Unfollowed
 
 # Operations that take a part of a value.
 PARTS = frozenset({"dynamic_slice", "slice", "split", "unstack"})
@@ -18,60 +22,94 @@ class Operation:
     name: str
     inputs: list[int]
     outputs: list[int]
-    params: Mapping[str, Any]
+    params: Mapping[str, Any] = field(default_factory=dict)
+    unfollowed: str = ""  # why nothing can be followed through it
 
 
 class Program:
     """The operations that the results need. A loop runs once, and `carry` closes it."""
 
-    def __init__(self, closed: core.ClosedJaxpr, parameters: int):
+    def __init__(self, closed: Any, parameters: int):
         self.shapes: list[tuple[int, ...]] = []
+        self.constants: dict[int, Any] = {}  # arrays and numbers that are known
         self.operations: list[Operation] = []
-        arguments = [self._number(var) for var in closed.jaxpr.invars]
-        self.parameters = arguments[:parameters]
-        results = self.inline(closed, arguments)
+        arguments = [self._number(var) for var in equations.opened(closed).invars]
+        self.parameters, self.arguments = arguments[:parameters], arguments[parameters:]
+        self.results = self.inline(closed, arguments)
 
         before = {number: op.inputs for op in self.operations for number in op.outputs}
-        needed = _reached(results, before)
+        needed = reached(self.results, before)
         self.operations = [op for op in self.operations if not needed.isdisjoint(op.outputs)]
+        self.producers = {number: op for op in self.operations for number in op.outputs}
         self.consumers: dict[int, list[Operation]] = defaultdict(list)
-        for op in [*self.operations, Operation("return", results, [], {})]:
+        for op in [*self.operations, Operation("return", self.results, [])]:
             for number in op.inputs:
                 self.consumers[number].append(op)
-        after = {n: [m for op in ops for m in op.outputs] for n, ops in self.consumers.items()}
-        self.from_input = _reached(arguments[parameters:], after)
+        after = self.edges(self.operations)
+        self.from_input = reached(self.arguments, after)
+        self.from_parameters = reached(self.parameters, after)
+
+    def edges(self, operations: Iterable[Operation]) -> dict[int, list[int]]:
+        """The values that are made directly from a value."""
+        after = defaultdict(list)
+        for op in operations:
+            for number in op.inputs:
+                after[number] += op.outputs
+        return after
 
     def _number(self, atom: Any) -> int:
-        self.shapes.append(tuple(getattr(atom.aval, "shape", ())))
+        self.shapes.append(equations.shape(atom))
         return len(self.shapes) - 1
 
+    def _constant(self, atom: Any, value: Any) -> int:
+        number = self._number(atom)
+        self.constants[number] = value
+        return number
+
     def emit(
-        self, name: str, inputs: list[int], outputs: Iterable[Any], params: Any = ()
+        self,
+        name: str,
+        inputs: list[int],
+        outputs: Iterable[Any],
+        params: Mapping[str, Any] | None = None,
+        unfollowed: str = "",
     ) -> Operation:
         numbers = [self._number(atom) for atom in outputs]
-        self.operations.append(Operation(name, inputs, numbers, dict(params)))
+        self.operations.append(Operation(name, inputs, numbers, params or {}, unfollowed))
         return self.operations[-1]
 
     def inline(self, jaxpr: Any, arguments: Iterable[int]) -> list[int]:
         """Writes out a jaxpr, open or closed; returns the numbers of its results."""
-        jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
+        values = getattr(jaxpr, "consts", ())
+        jaxpr = equations.opened(jaxpr)
         numbers = dict(zip(jaxpr.invars, arguments, strict=True))
-        numbers |= {var: self._number(var) for var in jaxpr.constvars}
+        for var, value in itertools.zip_longest(jaxpr.constvars, values):
+            numbers[var] = self._constant(var, value)
 
         def number(atom):
-            return self._number(atom) if isinstance(atom, core.Literal) else numbers[atom]
+            is_literal = isinstance(atom, core.Literal)
+            return self._constant(atom, atom.val) if is_literal else numbers[atom]
 
         for eqn in jaxpr.eqns:
-            write_out = INLINED.get(eqn.primitive.name, _as_it_is)
-            results = write_out(self, eqn, [number(atom) for atom in eqn.invars])
-            numbers |= zip(eqn.outvars, results, strict=True)
+            written = [atom for atom in eqn.invars if equations.is_reference(atom)]
+            inputs, outputs = [number(atom) for atom in eqn.invars], [*eqn.outvars, *written]
+            name = eqn.primitive.name
+            try:
+                if written:
+                    raise Unfollowed(f"goes through {name}, in an array that is changed in place")
+                results = INLINED.get(name, _as_it_is)(self, eqn, inputs)
+            except Exception as reason:  # A coming release may write the equation in any way.
+                known = isinstance(reason, Unfollowed)
+                why = str(reason if known else Strange(name, repr(reason)))
+                results = self.emit(name, inputs, outputs, unfollowed=why).outputs
+            numbers |= zip(outputs, results, strict=True)
         return [number(atom) for atom in jaxpr.outvars]
 
     def loop(
         self, body: Any, constants: list[int], carried: list[int], elements: list[int]
     ) -> tuple[list[int], list[int], list[int]]:
         """Writes out the body of a loop; returns what it enters and leaves with, and the rest."""
-        variables = getattr(body, "jaxpr", body).invars[len(constants) :]
+        variables = equations.opened(body).invars[len(constants) :]
         pairs = zip(carried, variables, strict=False)
         carries = [self.emit("carry", [number], (var, var)) for number, var in pairs]
         entering = [op.outputs[0] for op in carries]
@@ -93,46 +131,51 @@ class Program:
         return len(consumers) > 1 and len(parts) < len(consumers)
 
 
-def _reached(start: Iterable[int], edges: Mapping[int, Iterable[int]]) -> set[int]:
-    reached, waiting = set(), list(start)
+def reached(start: Iterable[int], edges: Mapping[int, Iterable[int]]) -> set[int]:
+    """All that edges lead to from some values, these included."""
+    found, waiting = set(), list(start)
     while waiting:
         number = waiting.pop()
-        if number not in reached:
-            reached.add(number)
+        if number not in found:
+            found.add(number)
             waiting += edges.get(number, ())
-    return reached
+    return found
+
+
+# How equations are written out. What cannot be read off one raises before anything is emitted.
 
 
 def _as_it_is(program: Program, eqn: Any, inputs: list[int]) -> list[int]:
-    return program.emit(eqn.primitive.name, inputs, eqn.outvars, eqn.params).outputs
+    parameters = equations.parameters(eqn)
+    return program.emit(eqn.primitive.name, inputs, eqn.outvars, parameters).outputs
 
 
 def _call(program: Program, eqn: Any, inputs: list[int]) -> list[int]:
-    names = ("jaxpr", "call_jaxpr", "fun_jaxpr")
-    return program.inline(next(eqn.params[name] for name in names if name in eqn.params), inputs)
+    return program.inline(equations.call(eqn), inputs)
 
 
 def _scan(program: Program, eqn: Any, inputs: list[int]) -> list[int]:
-    body, carried = eqn.params["jaxpr"], eqn.params["num_consts"]
-    scanned = carried + eqn.params["num_carry"]
-    pairs = zip(inputs[scanned:], body.jaxpr.invars[scanned:], strict=True)
+    body, constants, carried = equations.scan(eqn)
+    scanned = constants + carried
+    pairs = zip(inputs[scanned:], equations.opened(body).invars[scanned:], strict=True)
     elements = [program.emit("element", [n], [var]).outputs[0] for n, var in pairs]
-    _, leaving, results = program.loop(body, inputs[:carried], inputs[carried:scanned], elements)
-    pairs = zip(results, eqn.outvars[len(leaving) :], strict=True)
+    _, leaving, results = program.loop(
+        body, inputs[:constants], inputs[constants:scanned], elements
+    )
+    pairs = zip(results, eqn.outvars[carried:], strict=True)
     return leaving + [program.emit("elements", [n], [var]).outputs[0] for n, var in pairs]
 
 
 def _while(program: Program, eqn: Any, inputs: list[int]) -> list[int]:
-    first = eqn.params["cond_nconsts"]
-    carried = first + eqn.params["body_nconsts"]
-    body = eqn.params["body_jaxpr"]
+    condition, first, (body, constants, _) = equations.while_loop(eqn)
+    carried = first + constants
     entering, leaving, _ = program.loop(body, inputs[first:carried], inputs[carried:], [])
-    program.inline(eqn.params["cond_jaxpr"], inputs[:first] + entering)
+    program.inline(condition, inputs[:first] + entering)
     return leaving
 
 
 def _cond(program: Program, eqn: Any, inputs: list[int]) -> list[int]:
-    branches = [program.inline(branch, inputs[1:]) for branch in eqn.params["branches"]]
+    branches = [program.inline(branch, inputs[1:]) for branch in equations.branches(eqn)]
     return [
         results[0]
         if len(set(results)) == 1

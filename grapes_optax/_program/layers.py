@@ -100,7 +100,8 @@ def _check_uses(reader: Reader) -> None:
         if len({use[:2] for use in reader.uses[leaf]}) > 1 or leaf in reader.looked_up:
             reader.report([leaf], "used in two ways")
     reader.report(reader.in_pieces - reader.rejoined, "its fan-in belongs to several layers")
-    reader.report(reader.summed - reader.uses.keys(), "multiplied and summed by hand")
+    by_hand = set(reader.summed.values()) - reader.uses.keys()
+    reader.report(by_hand, "multiplied and summed by hand")
 
 
 # From layers to descriptions.

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from grapes_optax._program.equations import Unfollowed
 from grapes_optax._program.flat import Operation, Program
 from grapes_optax._program.values import (
     Axis,
@@ -57,12 +58,15 @@ class Reader:
         self.shapes = [np.shape(leaf.array) for leaf in leaves]  # and those of joined leaves
         self.joined: dict[int, Joined] = {}
         self.uses: dict[int, set[Use]] = defaultdict(set)
+        # Leaves in each product of weights with what comes from the input, by the product.
+        self.products: dict[int, frozenset[int]] = {}
         self.looked_up: set[int] = set()
-        self.summed: set[int] = set()  # after a multiplication entry by entry
+        self.summed: dict[int, int] = {}  # after a multiplication entry by entry, by the sum
         self.in_pieces: set[int] = set()  # kernels of which a part of the fan-in is used
         self.rejoined: set[int] = set()  # those whose parts are summed
         self.sums: set[frozenset[int]] = set()
         self.biases: set[Bias] = set()
+        self.added_to: dict[int, set[int]] = defaultdict(set)  # as biases or not: their kernels
         # Where axes are cut, before or (True) after the nonlinearity; None: not into pieces,
         # or only the running program knows.
         self.ends: dict[Any, set[int | None]] = defaultdict(set)
@@ -75,8 +79,18 @@ class Reader:
     def shape(self, op: Operation) -> tuple[int, ...]:
         return self.program.shapes[op.outputs[0]]
 
+    def has_shape(self, number: int, value: Value) -> bool:
+        """Whether the axes that are followed are those of the value."""
+        shape = self.program.shapes[number]
+        return not isinstance(value, View) or value.shape == shape or 0 in shape
+
     def extent(self, axis: Any) -> int:
         return self.shapes[axis[0]][axis[1]]
+
+    def new_axis(self, size: int) -> Factor:
+        """An axis of no leaf."""
+        self.shapes.append((size,))
+        return Factor((len(self.shapes) - 1, 0), size)
 
     def same(self, axis: Any) -> Axis:
         """What stands for all axes that run along the same nodes, or the same stack."""
@@ -88,11 +102,23 @@ class Reader:
         found = list(map(self.same, axes))
         self._parents |= {axis: found[0] for axis in found if axis != found[0]}
 
+    def members(self, leaves: Iterable[int]) -> set[int]:
+        """The leaves themselves in place of those that the program put together."""
+        found: set[int] = set()
+        for leaf in leaves:
+            parts = self.joined[leaf].parts if leaf in self.joined else ()
+            found |= self.members(part.leaf for part in parts if part) if parts else {leaf}
+        return found
+
     def report(self, leaves: Iterable[int], reason: str) -> None:
         for leaf in leaves:
             parts = self.joined[leaf].parts if leaf in self.joined else ()
             self.report((part.leaf for part in parts if part), reason)
             self.reasons.setdefault(leaf, reason)
+
+    def unsettled(self) -> dict[int, str]:
+        """The leaves that are left alone for a reason."""
+        return {leaf: why for leaf, why in self.reasons.items() if leaf < len(self.leaves)}
 
     def report_lost(self, lost: Iterable[tuple[int, str]]) -> None:
         for leaf, reason in lost:
@@ -108,6 +134,14 @@ class Reader:
             return value.lost | (frozenset() if known else {(value.leaf, reason)})
         return value.lost if isinstance(value, Data) else frozenset()
 
+    def holds_weights(self, number: int, value: Value) -> bool:
+        """Whether a value was made of parameters alone, and is no activation."""
+        if isinstance(value, Weight):
+            return not value.product
+        of_input = number in self.program.from_input
+        of_parameters = number in self.program.from_parameters and not of_input
+        return isinstance(value, Data) and (bool(value.lost) or of_parameters)
+
     # Parts of an axis.
 
     def _cut(self, view: View, factor: Factor, start: int | None, size: int) -> None:
@@ -121,7 +155,7 @@ class Reader:
             ends |= {(factor.start + end) * factor.stride for end in (start, start + size)}
 
     def _entry(self, view: Any, factor: Factor, index: int | None) -> Any:
-        """One entry of a factor, which itself stays; None if not understood."""
+        """One entry of a factor, which itself stays."""
         entry = None if index is None or factor.start is None else factor.start + index
         for k, dim in enumerate(view.dims):
             for i, minor in enumerate(dim):
@@ -130,25 +164,25 @@ class Reader:
                     start = None if entry is None else entry * minor.size
                     return view.with_dim(k, *dim[:i], minor._replace(start=start), *dim[i + 1 :])
         if factor.size < self.extent(factor.axis):
-            return None
+            raise Unfollowed
         return replace(view, indexed=(*view.indexed, (factor.axis, entry)))
 
     def part(self, view: Any, k: int, start: int | None, size: int) -> Any:
-        """A slice of an axis; None if not understood."""
+        """A slice of an axis."""
         factors = [factor for factor in view.dims[k] if factor.size > 1]
-        if view is None or size == math.prod(factor.size for factor in factors):
+        if size == math.prod(factor.size for factor in factors):
             return view
         if all(factor.axis is None for factor in factors):
             return view.with_dim(k, *broadcast(size))
         first, *rest = factors
         inner = math.prod(factor.size for factor in rest)
         if size % inner or (start or 0) % inner or first.axis is None:
-            return None
+            raise Unfollowed
         start, size = None if start is None else start // inner, size // inner
         self._cut(view, first, start, size)
         if size == 1:
             view = self._entry(view, first, start)
-            return view and view.with_dim(k, *[f for f in view.dims[k] if f.size > 1][1:])
+            return view.with_dim(k, *[f for f in view.dims[k] if f.size > 1][1:])
         begin = None if start is None or first.start is None else first.start + start
         return view.with_dim(k, first._replace(size=size, start=begin), *rest)
 
@@ -165,6 +199,7 @@ class Reader:
         if fan_in & (nodes | {axis for axis, _ in weight.indexed}):
             self.report(kernels, "an axis is fan-in and something else as well")
         if from_input:
+            self.products[op.outputs[0]] = kernels
             self.report_lost(weight.lost)
         for axis in fan_in:
             sizes = (factor.size for factor in weight.factors() if factor.axis == axis)
@@ -213,6 +248,7 @@ class Reader:
 
     def add_parameter(self, pre: Pre, weight: Weight) -> None:
         """A parameter added to a pre-activation: a bias if it has just its nodes and stack."""
+        self.added_to[weight.leaf] |= self.members(pre.kernels)
         pairs, entries = aligned(pre, weight), self._entries(pre, weight)
         more = len(weight.indexed) > len(pre.indexed) or not self.shapes[weight.leaf]
         if more or any(right.axis and not left.axis for left, right in pairs):

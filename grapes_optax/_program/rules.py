@@ -2,18 +2,21 @@
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import jax.numpy as jnp
 
+from grapes_optax._program.constants import hot_axes, is_zero
+from grapes_optax._program.equations import Strange, Unfollowed
 from grapes_optax._program.flat import Operation, Program
 from grapes_optax._program.reader import Joined, Reader
 from grapes_optax._program.values import (
     Data,
     Dim,
     Factor,
+    OneHot,
     Pre,
     Value,
     Weight,
@@ -32,12 +35,20 @@ def _unknown(
     reason = reason or f"goes through {op.name}"
     lost = frozenset(pair for value in operands for pair in reader.consume(value, reason))
     if reader.from_input(op.outputs):
+        pairs = zip(op.inputs, operands, strict=True)
+        weights = {number for number, value in pairs if reader.holds_weights(number, value)}
+        # A number chooses or scales, and leaves the rest what it is.
+        data = [n for n in op.inputs if n not in weights and reader.program.shapes[n]]
         if op.name not in MIXING:
             reader.report_lost(lost)
+            if weights and data and op.name != "cond":
+                reader.products[op.outputs[0]] = frozenset(leaf for leaf, _ in lost)
         # Weights alone may yet make a kernel: a mean plus a deviation times noise.
-        weights = [value.leaf for value in operands if isinstance(value, Weight)]
-        together = len(weights) == len(operands) > 1
-        lost = frozenset((leaf, reason) for leaf in weights if together)
+        alone = [
+            value.leaf for value in operands if isinstance(value, Weight) and not value.looked_up
+        ]
+        together = len(alone) == len(operands) > 1
+        lost = frozenset((leaf, reason) for leaf in alone if together or not data)
     return [Data(lost=lost)] * len(op.outputs)
 
 
@@ -54,14 +65,13 @@ def _moved(change: Callable[[Reader, Operation, Any], Sequence[Any]]) -> Callabl
             return [view] * len(op.outputs)
         if isinstance(view, Weight) and reader.from_input(op.inputs[1:]):
             view = replace(view, looked_up=True)
-        results = change(reader, op, view)
-        return _unknown(reader, op, [view]) if None in results else list(results)
+        return list(change(reader, op, view))
 
     return rule
 
 
-def _with_dims(view: Any, dims: Iterable[Dim] | None) -> list[Any]:
-    return [None if view is None or dims is None else replace(view, dims=tuple(dims))]
+def _with_dims(view: Any, dims: Iterable[Dim]) -> list[Any]:
+    return [replace(view, dims=tuple(dims))]
 
 
 def _transpose(reader, op, view):
@@ -70,8 +80,9 @@ def _transpose(reader, op, view):
 
 def _reshape(reader, op, view):
     if 0 in reader.shape(op):
-        return [None]
-    return _with_dims(view, regrouped(view.factors(op.params["dimensions"]), reader.shape(op)))
+        raise Unfollowed
+    order = op.params["dimensions"]
+    return _with_dims(view, regrouped(view.factors(order), reader.shape(op)))
 
 
 def _squeeze(reader, op, view):
@@ -98,14 +109,14 @@ def _slice(reader, op, view):
     starts, ends = op.params["start_indices"], op.params["limit_indices"]
     for k, (start, end, step) in enumerate(zip(starts, ends, strides, strict=False)):
         if step > 1 and view.axes([k]):
-            return [None]
-        view = view and reader.part(view, k, start, -(-(end - start) // step))
+            raise Unfollowed
+        view = reader.part(view, k, start, -(-(end - start) // step))
     return [view]
 
 
 def _dynamic_slice(reader, op, view):
     for k, size in enumerate(op.params["slice_sizes"]):
-        view = view and reader.part(view, k, None, size)
+        view = reader.part(view, k, None, size)
     return [view]
 
 
@@ -117,7 +128,7 @@ def _split(reader, op, view):
 
 def _entry_of(reader, view, k, index):
     part = reader.part(view, k, index, 1)
-    return part and replace(part, dims=part.dims[:k] + part.dims[k + 1 :])
+    return replace(part, dims=part.dims[:k] + part.dims[k + 1 :])
 
 
 def _unstack(reader, op, view):
@@ -135,13 +146,13 @@ def _elements(reader, op, view):
 def _gather(reader, op, view):
     numbers = op.params["dimension_numbers"]
     if numbers.operand_batching_dims:
-        return [None]
+        raise Unfollowed
     for k, size in enumerate(op.params["slice_sizes"]):
-        view = view and reader.part(view, k, None, size)
+        view = reader.part(view, k, None, size)
     left_out, offset = numbers.collapsed_slice_dims, numbers.offset_dims
-    kept = iter([dim for k, dim in enumerate(view.dims) if k not in left_out] if view else ())
+    kept = (dim for k, dim in enumerate(view.dims) if k not in left_out)
     shape = enumerate(reader.shape(op))
-    return _with_dims(view, (next(kept) if k in offset else broadcast(size) for k, size in shape))
+    return _with_dims(view, [next(kept) if k in offset else broadcast(size) for k, size in shape])
 
 
 def _concatenate(reader: Reader, op: Operation, operands: Sequence[Value]) -> list[Value]:
@@ -166,11 +177,8 @@ def _concatenate(reader: Reader, op: Operation, operands: Sequence[Value]) -> li
 
 
 def _contraction(reader: Reader, op: Operation, operands: Sequence[Value]) -> list[Value]:
-    contracted, batch = op.params["dimension_numbers"]
-    shapes = [reader.program.shapes[number] for number in op.inputs]
-    free = [
-        [k for k in range(len(shapes[i])) if k not in (*contracted[i], *batch[i])] for i in (0, 1)
-    ]
+    contracted, _ = op.params["dimension_numbers"]
+    free = [_free(reader, op, i) for i in (0, 1)]
 
     def may_be_kernel(i):
         value = operands[i]
@@ -181,6 +189,12 @@ def _contraction(reader: Reader, op: Operation, operands: Sequence[Value]) -> li
             and value.axes(free[i])
         )
 
+    for i in (0, 1):
+        hot, weight = operands[i], operands[1 - i]
+        if isinstance(hot, OneHot) and isinstance(weight, Weight) and hot.axes(contracted[i]):
+            return _look_up(reader, op, 1 - i, weight, hot)
+    if len(contracted[0]) == 0 and any(isinstance(value, OneHot) for value in operands):
+        return [_outer(reader, op, operands)]
     sides = [i for i in (0, 1) if may_be_kernel(i)]
     if len(sides) == 2:  # What was multiplied by data is rather an activation.
         sides = [i for i in sides if not getattr(operands[i], "product", False)]
@@ -191,11 +205,61 @@ def _contraction(reader: Reader, op: Operation, operands: Sequence[Value]) -> li
     (side,) = sides
     weight: Any = operands[side]
     reader.consume(operands[1 - side])
-    dims = [weight.dims[k] for k in batch[side]]
-    for i in (0, 1):
-        dims += [weight.dims[k] if i == side else broadcast(shapes[i][k]) for k in free[i]]
+    dims = _dims_of_product(reader, op, {side: weight})
     fan_in, nodes = weight.axes(contracted[side]), weight.axes(free[side])
     return reader.multiply(op, side, fan_in, nodes, weight, dims)
+
+
+def _free(reader: Reader, op: Operation, i: int) -> list[int]:
+    contracted, batch = op.params["dimension_numbers"]
+    rank = len(reader.program.shapes[op.inputs[i]])
+    return [k for k in range(rank) if k not in (*contracted[i], *batch[i])]
+
+
+def _dims_of_product(reader: Reader, op: Operation, views: Mapping[int, Any]) -> list[Dim]:
+    """The axes of a contraction: those in common, and the free ones of each operand."""
+    _, batch = op.params["dimension_numbers"]
+    side = next(iter(views))
+    dims = [views[side].dims[k] for k in batch[side]]
+    for i in (0, 1):
+        shape = reader.program.shapes[op.inputs[i]]
+        dims += [
+            views[i].dims[k] if i in views else broadcast(shape[k]) for k in _free(reader, op, i)
+        ]
+    return dims
+
+
+def _look_up(reader: Reader, op: Operation, side: int, weight: Weight, hot: OneHot) -> list[Value]:
+    """The entries that a one-hot array selects, as indices would."""
+    contracted, _ = op.params["dimension_numbers"]
+    pairs = list(zip(contracted[side], contracted[1 - side], strict=True))
+    rest = [k for k, of_hot in pairs if not hot.axes([of_hot])]
+    chosen = [weight.dims[k] for k, of_hot in pairs if hot.axes([of_hot])]
+    if any(len(dim) != 1 or dim[0].size != reader.extent(dim[0].axis) for dim in chosen):
+        raise Unfollowed
+    entries = tuple((dim[0].axis, None) for dim in chosen)
+    dims = _dims_of_product(reader, op, {side: weight})
+    found = replace(weight, indexed=(*weight.indexed, *entries), looked_up=True)
+    if not rest:
+        return [replace(found, dims=tuple(dims))]
+    if not hot.scaled:  # A sum of rows of several tables.
+        reader.consume(found)
+        return [Data()]
+    # An activation in the place of one expert among others.
+    free = _free(reader, op, side)
+    if not (found.covers([*rest, *free]) and found.axes(rest) and found.axes(free)):
+        raise Unfollowed
+    fan_in, nodes = found.axes(rest), found.axes(free)
+    return reader.multiply(op, side, fan_in, nodes, found, dims)
+
+
+def _outer(reader: Reader, op: Operation, operands: Sequence[Value]) -> Value:
+    """A product without a sum is one-hot along the axes of its factors."""
+    if any(isinstance(value, Weight) for value in operands):
+        raise Unfollowed
+    (i, hot), *more = [(i, v) for i, v in enumerate(operands) if isinstance(v, OneHot)]
+    scaled = hot.scaled or not more
+    return replace(hot, dims=tuple(_dims_of_product(reader, op, {i: hot})), scaled=scaled)
 
 
 def _convolution(reader: Reader, op: Operation, operands: Sequence[Value]) -> list[Value]:
@@ -227,7 +291,10 @@ def _sum_over(reader: Reader, op: Operation, operands: Sequence[Value]) -> list[
         long = {axis for axis in value.axes() if reader.extent(axis) > 1}
         summed = long & value.axes(op.params["axes"])
         if summed and summed != long:
-            reader.summed.add(value.leaf)
+            reader.summed[op.outputs[0]] = value.leaf
+        elif summed and value.linear and math.prod(reader.shape(op)) > 1:
+            # A vector, or a row that was looked up, is the kernel of a single node.
+            reader.products[op.outputs[0]] = frozenset({value.leaf})
     return _unknown(reader, op, operands)
 
 
@@ -256,6 +323,10 @@ def _elementwise(reader: Reader, op: Operation, operands: Sequence[Value]) -> li
         else _spread(value, shape, reader.shape(op))
         for value, shape in zip(operands, shapes, strict=True)
     ]
+    hot = _one_hot(reader, op, operands)
+    if hot:
+        return [hot]
+    operands = [value.data if isinstance(value, OneHot) else value for value in operands]
     kinds = {type(value) for value in operands}
     rule = ON_PRE.get(op.name) if Pre in kinds else _on_weights if Weight in kinds else None
     result = rule and rule(reader, op, operands)
@@ -266,6 +337,41 @@ def _elementwise(reader: Reader, op: Operation, operands: Sequence[Value]) -> li
     steady = list(map(_is_uniform, operands))
     bounded = any(gates) and all(map(any, zip(gates, steady, strict=True)))
     return [replace(data, uniform=all(steady), gate=bounded or op.name in BOUNDED.split())]
+
+
+def _one_hot(reader: Reader, op: Operation, operands: Sequence[Value]) -> OneHot | None:
+    """What is zero but for one entry along some axes, and what stays so."""
+    program, shape = reader.program, reader.shape(op)
+    hot = [value for value in operands if isinstance(value, OneHot)]
+    others = [value for value in operands if not isinstance(value, OneHot)]
+    if op.name == "eq" and not hot:
+        axes = hot_axes(program, *op.inputs)
+        dims = [(reader.new_axis(n),) if k in axes else broadcast(n) for k, n in enumerate(shape)]
+        return OneHot(dims=tuple(dims)) if axes else None
+    if not hot or not all(isinstance(value, Data) for value in others):
+        return None
+    steady = all(_is_uniform(value) or getattr(value, "gate", False) for value in others)
+    scaled = any(value.scaled for value in hot) or not steady
+    if op.name == "select_n" and len(operands) == 3:
+        # The first says which is taken; the other of the two has to be zero.
+        if isinstance(operands[0], OneHot):
+            keeps = is_zero(program, op.inputs[1])
+        else:
+            zeros = [is_zero(program, number) for number in op.inputs[1:]]
+            keeps = len(hot) == 1 and any(
+                zero and isinstance(value, OneHot)
+                for zero, value in zip(zeros, reversed(operands[1:]), strict=True)
+            )
+    else:
+        keeps = op.name in ("mul", "and") or (op.name == "div" and operands[0] is hot[0])
+    if not keeps or any(value.shape != shape for value in hot):
+        return None
+    # A product is one-hot along the axes of both.
+    dims = [
+        next((dim for dim in row if any(f.axis for f in dim)), row[0])
+        for row in zip(*(value.dims for value in hot), strict=True)
+    ]
+    return replace(hot[0], dims=tuple(dims), scaled=scaled)
 
 
 def _on_weights(reader: Reader, op: Operation, operands: Sequence[Value]) -> Value | None:
@@ -282,10 +388,13 @@ def _on_weights(reader: Reader, op: Operation, operands: Sequence[Value]) -> Val
         if not (isinstance(value, Weight) and value.leaf == weight.leaf)
     ]
     if reader.from_input(number for number, value in others if not _is_uniform(value)):
-        return replace(weight, product=True) if op.name in ("mul", "div", "select_n") else None
+        if op.name not in ("mul", "div", "select_n"):
+            return None
+        return replace(weight, product=True, linear=op.name == "mul" and not weight.product)
     lost = [reader.consume(value) if isinstance(value, Data) else () for _, value in others]
     rest = (pair for pair in itertools.chain(weight.lost, *lost) if pair[0] != weight.leaf)
-    return replace(weight, lost=frozenset(rest))
+    linear = weight.linear and len(weights) == 1 and op.name in ("mul", "div", "neg")
+    return replace(weight, linear=linear, lost=frozenset(rest))
 
 
 def _add(reader: Reader, op: Operation, operands: Sequence[Value]) -> Value | None:
@@ -399,8 +508,27 @@ def read(program: Program, leaves: Sequence[Leaf]) -> Reader:
                 reader.report([leaf], "not used")
     for op in program.operations:
         operands = [_operand(program, number, values.get(number, Data())) for number in op.inputs]
-        values |= zip(op.outputs, RULES.get(op.name, _unknown)(reader, op, operands), strict=True)
+        values |= zip(op.outputs, _results(reader, op, operands), strict=True)
     return reader
+
+
+def _results(reader: Reader, op: Operation, operands: Sequence[Value]) -> list[Value]:
+    """What the rule of an operation says of its results, as far as it can follow them."""
+    try:
+        if op.unfollowed:
+            raise Unfollowed(op.unfollowed)
+        results = RULES.get(op.name, _unknown)(reader, op, operands)
+        if not all(map(reader.has_shape, op.outputs, results)):
+            raise Strange(op.name, "results of another shape")
+        return results
+    except Unfollowed as reason:
+        caught: Unfollowed = reason
+    except Exception as error:  # A coming release may write the equation in any way.
+        caught = Strange(op.name, repr(error))
+    if isinstance(caught, Strange):  # Something may have been noted already.
+        weights = [value.leaf for value in operands if isinstance(value, Weight)]
+        reader.report_lost((leaf, str(caught)) for leaf in weights)
+    return _unknown(reader, op, operands, str(caught))
 
 
 def _operand(program: Program, number: int, value: Value) -> Value:

@@ -1,9 +1,12 @@
 """What a value of the program is: data, the weights of a leaf, or a pre-activation."""
 
 import itertools
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
+
+from grapes_optax._program.equations import Unfollowed
 
 Axis = tuple[int, int]  # number of a leaf, and of one of its axes
 
@@ -50,6 +53,10 @@ class View:
         """Whether nothing is broadcast along these axes."""
         return all(f.axis or f.size == 1 for f in self.factors(dims))
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(math.prod(factor.size for factor in dim) for dim in self.dims)
+
     def with_dim(self, k: int, *dim: Factor) -> Any:
         return replace(self, dims=(*self.dims[:k], dim, *self.dims[k + 1 :]))
 
@@ -61,6 +68,7 @@ class Weight(View):
     leaf: int
     looked_up: bool = False  # the input says which entry of an axis it holds
     product: bool = False  # multiplied by data: a masked kernel, or the scale of a norm
+    linear: bool = False  # and by nothing but that
     lost: Lost = frozenset()  # other leaves that went in
 
 
@@ -73,7 +81,18 @@ class Pre(View):
     shared: bool = False  # something else consumes it too, as in a residual stream
 
 
-Value = Data | Weight | Pre
+@dataclass(frozen=True, kw_only=True)
+class OneHot(View):
+    """Zero but for one entry along the axes that are followed: a product with it looks up."""
+
+    scaled: bool = False  # by data: the entry says more than which one it is
+
+    @property
+    def data(self) -> Data:
+        return Data(gate=not self.scaled)
+
+
+Value = Data | Weight | Pre | OneHot
 
 
 def broadcast(size: int) -> Dim:
@@ -90,7 +109,7 @@ def _divided(factor: Factor, size: int) -> tuple[Factor, Factor] | None:
     return major, factor._replace(size=minor, start=0)
 
 
-def regrouped(factors: Iterable[Factor], shape: Sequence[int]) -> tuple[Dim, ...] | None:
+def regrouped(factors: Iterable[Factor], shape: Sequence[int]) -> tuple[Dim, ...]:
     """The factors dealt out to the axes of a new shape."""
     queue: list[Factor] = []
     for factor in factors:
@@ -104,7 +123,7 @@ def regrouped(factors: Iterable[Factor], shape: Sequence[int]) -> tuple[Dim, ...
             if size % queue[0].size:
                 parts = _divided(queue[0], size)
                 if parts is None:
-                    return None
+                    raise Unfollowed
                 queue[:1] = parts
             dims[-1] += (queue[0],)
             size //= queue.pop(0).size
