@@ -66,7 +66,7 @@ def not_first(path):
 
 
 class Linen:
-    paths = tuple(f"params/Dense_{i}/kernel" for i in range(4))
+    paths = tuple(f"Dense_{i}/kernel" for i in range(4))
 
     class Model(nn.Module):
         @nn.compact

@@ -154,8 +154,8 @@ def optimizer_of(cell: Cell, *after: optax.GradientTransformation) -> Method:
     """The contender's optimizer, with what comes `after` the one of the table."""
     setup = cell.setup
     optimizer, _ = OPTIMIZERS[setup.optimizer]
-    hidden = [f"params/Dense_{layer}/kernel" for layer in range(setup.depth)]
-    layers = [*hidden, "params/output/kernel"]
+    hidden = [f"Dense_{layer}/kernel" for layer in range(setup.depth)]
+    layers = [*hidden, "output/kernel"]
     trained = method(optax.chain(optimizer, *after), cell.variant, cell.rule, layers)
     if setup.init.startswith("pruned"):
         return trained._replace(optimizer=optax.chain(trained.optimizer, keep_zeros()))
