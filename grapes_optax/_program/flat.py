@@ -33,6 +33,7 @@ class Program:
         self.shapes: list[tuple[int, ...]] = []
         self.constants: dict[int, Any] = {}  # arrays and numbers that are known
         self.operations: list[Operation] = []
+        self.producers: dict[int, Operation] = {}
         arguments = [self._number(var) for var in equations.opened(closed).invars]
         self.parameters, self.arguments = arguments[:parameters], arguments[parameters:]
         self.results = self.inline(closed, arguments)
@@ -40,7 +41,6 @@ class Program:
         before = {number: op.inputs for op in self.operations for number in op.outputs}
         needed = reached(self.results, before)
         self.operations = [op for op in self.operations if not needed.isdisjoint(op.outputs)]
-        self.producers = {number: op for op in self.operations for number in op.outputs}
         self.consumers: dict[int, list[Operation]] = defaultdict(list)
         for op in [*self.operations, Operation("return", self.results, [])]:
             for number in op.inputs:
@@ -75,8 +75,10 @@ class Program:
         unfollowed: str = "",
     ) -> Operation:
         numbers = [self._number(atom) for atom in outputs]
-        self.operations.append(Operation(name, inputs, numbers, params or {}, unfollowed))
-        return self.operations[-1]
+        op = Operation(name, inputs, numbers, params or {}, unfollowed)
+        self.operations.append(op)
+        self.producers |= dict.fromkeys(numbers, op)
+        return op
 
     def inline(self, jaxpr: Any, arguments: Iterable[int]) -> list[int]:
         """Writes out a jaxpr, open or closed; returns the numbers of its results."""
@@ -184,6 +186,18 @@ def _cond(program: Program, eqn: Any, inputs: list[int]) -> list[int]:
     ]
 
 
+def _select(program: Program, eqn: Any, inputs: list[int]) -> list[int]:
+    """A vmapped cond chooses between a value and the same without its gradient."""
+    cases = set()
+    for number in inputs[1:]:
+        while number in program.producers and program.producers[number].name == "stop_gradient":
+            number = program.producers[number].inputs[0]
+        cases.add(number)
+    if len(cases) == 1:
+        return program.emit("copy", list(cases), eqn.outvars).outputs
+    return _as_it_is(program, eqn, inputs)
+
+
 CALLS = """
     call checkpoint closed_call core_call custom_jvp_call custom_vjp_call custom_vjp_call_jaxpr
     jit pjit remat remat2
@@ -192,5 +206,6 @@ INLINED: dict[str, Callable[[Program, Any, list[int]], list[int]]] = {
     **dict.fromkeys(CALLS.split(), _call),
     "cond": _cond,
     "scan": _scan,
+    "select_n": _select,
     "while": _while,
 }

@@ -1,7 +1,7 @@
 """From what was noted of the leaves to layers, and to their descriptions."""
 
 import itertools
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -43,6 +43,10 @@ def _hand_down(reader: Reader, leaf: int, joined: Joined) -> None:
     """What was noted of joined leaves holds for each of them."""
     if leaf not in reader.uses and all(bias.leaf != leaf for bias in reader.biases):
         return
+    if any((leaf, joined.axis) in use.fan_in | use.nodes for use in reader.uses.get(leaf, ())):
+        entries = set().union(*(reader.entries(part) for part in joined.parts if part))
+        several = [leaf for leaf, n in Counter(leaf for leaf, _ in entries).items() if n > 1]
+        reader.report(several, "taken apart and put together anew")
     for part in filter(None, joined.parts):
         if any(f.axis and f.size < reader.extent(f.axis) for f in part.factors()):
             reader.report([part.leaf], "taken apart and put together anew")

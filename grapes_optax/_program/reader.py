@@ -110,6 +110,12 @@ class Reader:
             found |= self.members(part.leaf for part in parts if part) if parts else {leaf}
         return found
 
+    def entries(self, view: Weight) -> set[tuple[int, Any]]:
+        """Leaves in weights that the program put together, and which of their entries."""
+        if view.leaf not in self.joined:
+            return {(view.leaf, view.indexed)}
+        return set().union(*(self.entries(part) for part in self.joined[view.leaf].parts if part))
+
     def report(self, leaves: Iterable[int], reason: str) -> None:
         for leaf in leaves:
             parts = self.joined[leaf].parts if leaf in self.joined else ()

@@ -172,8 +172,8 @@ def _concatenate(reader: Reader, op: Operation, operands: Sequence[Value]) -> li
         reader.joined[leaf] = joined
         reader.shapes.append(reader.shape(op))
     dims = tuple((Factor((leaf, k), size),) for k, size in enumerate(reader.shape(op)))
-    lost = frozenset(pair for weight in weights if weight for pair in weight.lost)
-    return [Weight(dims=dims, leaf=leaf, lost=lost)]
+    lost = (value.lost for value in operands if isinstance(value, Weight | Data))
+    return [Weight(dims=dims, leaf=leaf, lost=frozenset().union(*lost))]
 
 
 def _contraction(reader: Reader, op: Operation, operands: Sequence[Value]) -> list[Value]:
