@@ -186,7 +186,7 @@ class Builder:
 
     # Layers: functions of parameters and state.
 
-    def dense(self, n, m=None, promised=None, batch=True):
+    def dense(self, n, m=None, promised=None):
         """An einsum with random letters."""
         m = m or self.choose(4, 6, 8, 12)
         promised = self.flip(0.9) if promised is None else promised
