@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.extend.core import get_opaque_trace_state
 
 from grapes_optax._tree import path_string, tree_leaves
@@ -166,7 +167,7 @@ class Alignment(NamedTuple):
     ratio: jax.Array
 
 
-def alignment(first: Any, second: Any) -> dict[str, Alignment]:
+def alignment(first: optax.Params, second: optax.Params) -> dict[str, Alignment]:
     r"""Angle and norm ratio of every leaf of one tree to the leaf of that path in another.
 
     .. math::

@@ -348,7 +348,7 @@ def layer_factor(kernels: Sequence[jax.Array], axes: Sequence[Axes], options: Op
 
 
 def node_importance(
-    kernel: jax.typing.ArrayLike, weight_dimension_numbers: Any = None
+    kernel: jax.typing.ArrayLike, weight_dimension_numbers: HasAxes | None = None
 ) -> jax.Array:
     r"""Importance of every node of a layer: the sum of its absolute incoming weights.
 

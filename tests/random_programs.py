@@ -186,7 +186,7 @@ class Builder:
 
     # Layers: functions of parameters and state.
 
-    def dense(self, n, m=None, promised=None, batch=True):
+    def dense(self, n, m=None, promised=None):
         """An einsum with random letters."""
         m = m or self.choose(4, 6, 8, 12)
         promised = self.flip(0.9) if promised is None else promised
@@ -366,12 +366,11 @@ class Builder:
 
     def joined(self, n):
         """The kernels of two layers are put together: along the nodes, or along the fan-in."""
-        promised = True
         if self.flip():
             a, b = self.choose(2, 3), self.choose(4, 5)
             first, second = self.new_layer("joined nodes"), self.new_layer("and")
             kernels = [
-                self.leaf([("fan-in", n), ("nodes", m)], layer, promised)
+                self.leaf([("fan-in", n), ("nodes", m)], layer)
                 for m, layer in ((a, first), (b, second))
             ]
 
@@ -383,12 +382,12 @@ class Builder:
         m = self.choose(3, 4)
         layer = self.new_layer("joined fan-in")
         sizes = (n, n)
-        kernels = [self.leaf([("fan-in", k), ("nodes", m)], layer, promised) for k in sizes]
+        kernels = [self.leaf([("fan-in", k), ("nodes", m)], layer, flips=False) for k in sizes]
 
         def apply(p, x):
-            return jnp.concatenate([x, jnp.sin(x)], 1) @ jnp.concatenate(
-                [kernel(p) for kernel in kernels], 0
-            )
+            w = jnp.concatenate([kernel(p) for kernel in kernels], 0)
+            # What is cut right after a sum of kernels would be its gates.
+            return jnp.sin(jnp.concatenate([x, jnp.sin(x)], 1) @ w)
 
         return apply, m, layer
 

@@ -52,7 +52,12 @@ def test_types_of_the_public_interface_say_something():
     for name, thing in PUBLIC.items():
         if inspect.isfunction(thing):
             signature = inspect.signature(thing)
-            types = {p.name: p.annotation for p in signature.parameters.values()}
+            variadic = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
+            types = {
+                p.name: p.annotation
+                for p in signature.parameters.values()
+                if p.kind not in variadic
+            }
             types["return"] = signature.return_annotation
             vague = [x for x, kind in types.items() if kind in (Any, inspect.Parameter.empty)]
             assert not vague, f"{name}: {vague}"

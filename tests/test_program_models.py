@@ -489,6 +489,43 @@ MODELS = {
         ),
         [],
     ),
+    # The entries of an axis of two are rolled: it is fan-in, and no stack.
+    "rolled": Case(
+        plain(
+            lambda p, x: x @ jnp.roll(p["w"], 1, 0) + x @ p["v"],
+            {"w": array(2, 7), "v": array(2, 7)},
+            array(3, 2),
+        ),
+        [],
+        unsettled=r"v .*: summed with w; w \(2, 7\): taken apart and put together anew",
+    ),
+    "taken apart and stacked again": Case(
+        plain(
+            lambda p, x: lax.scan(
+                lambda x, w: (jnp.tanh(x @ w), None), x, jnp.stack([p["w"][i] for i in range(3)])
+            )[0],
+            {"w": array(3, 5, 5)},
+            array(2, 5),
+        ),
+        [one("w", 1, 2, None)],
+    ),
+    "lost in a part": Case(
+        plain(
+            lambda p, x: x @ jnp.concatenate([p["w"][:1], jnp.sort(p["w"][1:], 1)]),
+            {"w": array(2, 7)},
+            array(3, 2),
+        ),
+        [],
+        unsettled=r"w \(2, 7\): goes through sort",
+    ),
+    "cond of each row": Case(
+        plain(
+            jax.vmap(chosen_branch, (None, 0)),
+            {"w": array(5, 7), "b": array(7), "v": array(5, 7)},
+            array(2, 5),
+        ),
+        [one("w", bias="b"), one("v", bias=None)],
+    ),
     "a bare array": Case(plain(lambda w, x: x @ w, array(5, 7), array(2, 5)), [one("", bias=None)]),
 }
 

@@ -572,6 +572,16 @@ def test_all_layers_are_output_layers():
         infer_dimension_numbers(logits, net("a", "z"), array(2, 5), where=lambda path: path == "z")
 
 
+def test_one_step_of_a_cell():
+    """Where the carry goes is not in the program."""
+    params = net("w", "u", b=(5,))
+    with pytest.warns(UserWarning, match="modulates nothing: u, w is read by no other layer"):
+        found = infer_dimension_numbers(
+            lambda p, x, h: jnp.tanh(x @ p["w"] + h @ p["u"] + p["b"]), params, *[array(2, 5)] * 2
+        )
+    assert set(found.values()) == {LeftAlone("output")}
+
+
 def test_output_excluded_by_hand():
     """Who names the output layer where none is found is not told of it again."""
     case = NETS["readout fed back"]

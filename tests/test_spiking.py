@@ -158,7 +158,10 @@ def test_vmap_and_remat():
 def test_scan_over_layers():
     x, model = 3 * jax.random.normal(KEY, (2, 6, 4)), Deep(scanned=True)
     variables = model.init(KEY, x)
-    described = grapes_optax.infer_dimension_numbers(model.apply, variables, x)
+    # Without a readout there is no output layer.
+    described = grapes_optax.infer_dimension_numbers(
+        model.apply, variables, x, modulate_output=True
+    )
     unit = described["params"]["blocks"]["SNU_0"]
     assert unit["bias"] is None
     assert unit["i"]["kernel"] == unit["h"]["kernel"]  # one group too

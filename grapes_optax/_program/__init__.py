@@ -162,7 +162,7 @@ def infer_dimension_numbers(
     stack: Mapping[str, int | Sequence[int]] | None = None,
     where: Callable[[str], bool] | None = None,
     modulate_output: bool = False,
-) -> Any:
+) -> optax.Params:
     """Describes the leaves of a parameter tree by what a program does with them.
 
     The program is traced once, outside of training, and says for any framework and any
