@@ -147,6 +147,7 @@ class Nnx:
             return jax.grad(loss)(params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("framework", [Linen, Nnx])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("rule", RULES)

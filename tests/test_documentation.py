@@ -30,6 +30,7 @@ def words(line):
     return [word for word in line.split() if not re.fullmatch(r"\d\.\d{3}", word)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_code_of_the_pages_runs(page, capsys):
     for code in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):

@@ -149,6 +149,7 @@ def test_verdict(differences, words):
     assert training.verdict(np.array(differences))[-1] == words
 
 
+@pytest.mark.slow
 def test_verdict_errs_as_often_as_it_says():
     differences = np.random.default_rng(0).normal(size=(2000, 4))
     words = [training.verdict(row)[-1] for row in differences]

@@ -192,6 +192,7 @@ def test_initial_weights_have_the_variance_of_he(init):
     assert spread < 0.03 if init == "he_uniform" else spread > 0.03
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["local GRAPES", "propagated GRAPES"])
 def test_what_is_pruned_stays_pruned(variant, data):
     cell = Cell("", variant, "BP", dataclasses.replace(AUTHORS, width=12, init="pruned 80 %"))
@@ -379,6 +380,7 @@ def test_killed_process_goes_on(tmp_path):
 # What goes wrong.
 
 
+@pytest.mark.slow
 def test_diverged_seeds_are_marked_and_the_rest_goes_on(data, tmp_path):
     wild = dataclasses.replace(PLAIN, setup=dataclasses.replace(PLAIN.setup, rate=1e20))
     found = results(small(wild, PLAIN, grid=()), data, tmp_path)

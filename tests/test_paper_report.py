@@ -334,6 +334,7 @@ PICTURES = {
 }
 
 
+@pytest.mark.slow
 def test_index_and_the_pictures_of_each_experiment(tmp_path, capsys):
     for name in PICTURES:
         wanted = plan(name, "smoke")
@@ -357,6 +358,7 @@ def test_index_and_the_pictures_of_each_experiment(tmp_path, capsys):
     assert factors[0][3:] == ["1.800", "1.780", "0.050", "0.054", "12.5", "12.5"]
 
 
+@pytest.mark.slow
 def test_largest_picture_stays_small(tmp_path):
     wanted = plan("accuracy")._replace(grid=(), scale=Scale(10, 60, 0, 0))
     results = records.read(write(tmp_path, lines_of(wanted, made_up)))
