@@ -36,8 +36,8 @@ class Convention(NamedTuple):
 
 _DENSE = r"^(Dense|Linear)(_\d+)?$"  # classes of Flax and Equinox
 _INPUTS = "^(query|key|value)$"
-_TRANSPOSED = "(?i)transpose|deconv"  # whose kernels Flax lays out either way
-_CONV = "(?i)^(?!.*(transpose|deconv)).*conv"
+_TRANSPOSED = "(?i)transpose|deconv|^up"  # whose kernels Flax lays out either way
+_CONV = "(?i)^(?!up|.*(transpose|deconv)).*conv"
 
 # Rows of one line are alternatives: the first line of which any row fits decides, and it
 # settles the axes where its rows that fit agree. A row fits a leaf with a bias only where
@@ -111,10 +111,18 @@ CONVENTIONS: tuple[tuple[Convention, ...], ...] = (
     (Convention("w", (-1,), module=r"lstm(_\d+)?/linear$", gates=4),),
     (Convention("w", (-2,), stack=(0,), module="layer_stack.*conv.*transpose"),),
     (Convention("w", (-1,), stack=(0,), module="layer_stack"),),
-    (Convention("w", (-2,), module="conv.*transpose"),),
+    (
+        Convention(
+            "w", (-2,), module=r"^conv[123]_d_transpose(_\d+)?$|/conv[123]_d_transpose(_\d+)?$"
+        ),
+    ),
+    (
+        Convention("w", (-1,), module=_TRANSPOSED, with_bias=True),
+        Convention("w", (-2,), module=_TRANSPOSED, with_bias=True),
+    ),
     (Convention("w", (-1,), reduction=(-2,), module=r"linear(_\d+)?$"),),
     (Convention("w", (-1,), ndim=2),),
-    (Convention("w", (-1,), module="(?i)conv"),),
+    (Convention("w", (-1,), module=_CONV),),
     (Convention("w", (-1,), with_bias=True),),
     (Convention("w", (-1,), stack=(0,), with_bias=True),),
     (Convention("w_i", (-1,), reduction=(-2,)),),

@@ -26,6 +26,7 @@ from grapes_optax._importance import (
 )
 from grapes_optax._names import (
     ByPath,
+    Group,
     Reading,
     bias_axes,
     bias_of,
@@ -34,7 +35,7 @@ from grapes_optax._names import (
     torn,
     without_kernel,
 )
-from grapes_optax._tree import Leaf, Path, holes, path_names, path_string, tree_leaves
+from grapes_optax._tree import KernelPath, Leaf, Path, holes, path_names, path_string, tree_leaves
 from grapes_optax._warn import warn
 
 Given = HasAxes | LeftAlone | None
@@ -56,7 +57,7 @@ class Member(NamedTuple):
 class Layer(NamedTuple):
     """The leaves of one pre-activation; biases are the members without fan-in."""
 
-    group: Hashable
+    group: Group
     kernels: tuple[Member, ...]
     biases: tuple[Member, ...]
 
@@ -114,24 +115,25 @@ def _read_tree(numbers: WeightDimNumOrFn, params: optax.Params) -> Reading:
     values = _spread(given, leaves, missing)
     wanted = {path: value for path, value in values.items() if is_description(value)}
 
-    described: dict[Path, tuple[Axes, Hashable]] = {}
+    groups = _groups(given)
+    described: dict[Path, tuple[Axes, Group]] = {}
     for path, value in wanted.items():
-        bias = bias_of(leaves[path], leaves) if _group(value) is None else None
-        if bias and bias.path in wanted and _group(wanted[bias.path]) is None:
+        bias = bias_of(leaves[path], leaves) if _label(value) is None else None
+        if bias and bias.path in wanted and _label(wanted[bias.path]) is None:
             along = bias_axes(bias, leaves[path], _resolve(leaves[path], value))
             if along:
-                described[bias.path] = along, path_string(path)
+                described[bias.path] = along, Group(path)
     for path, value in wanted.items():
         if path not in described and (path in given or leaves[path].may_be_kernel):
-            group = path_string(path) if _group(value) is None else _group(value)
+            group = groups.get(path) or Group(path if _label(value) is None else (), _label(value))
             described[path] = _resolve(leaves[path], value), group
 
     # A layer of which a kernel is masked, or in another partition, has no importance.
     gone = {
-        _group(value): path_string(hole)
+        groups.get(path, Group((), _label(value))): path_string(hole)
         for path, value in given.items()
         if is_description(value)
-        and _group(value) is not None
+        and _label(value) is not None
         and value.reduction_axis != ()
         and (hole := _hole_at(path, missing)) is not None
     }
@@ -176,13 +178,27 @@ def _hole_at(path: Path, missing: set[Path]) -> Path | None:
     return next(itertools.chain(above, below), None)
 
 
-def _group(value: HasAxes) -> Hashable:
+def _label(value: HasAxes) -> Hashable:
     return getattr(value, "group", None)
+
+
+def _groups(given: dict[Path, Given]) -> dict[Path, Group]:
+    """The layer of each leaf whose label is the path of a kernel, in the branch described."""
+    labels = {path: _label(value) for path, value in given.items() if is_description(value)}
+    kernels = {"/".join(p): p for p, label in labels.items() if isinstance(label, KernelPath)}
+    groups = {}
+    for path, label in labels.items():
+        for n in range(len(path) - 1, -1, -1):  # the branches that hold it, from the closest on
+            kernel = kernels.get("/".join((*path[:n], label))) if isinstance(label, str) else None
+            if kernel is not None and labels[kernel] == label:
+                groups[path] = Group(kernel)
+                break
+    return groups
 
 
 def _resolve(leaf: Leaf, value: HasAxes) -> Axes:
     try:
-        hash(_group(value))
+        hash(_label(value))
         kind = getattr(leaf.array, "dtype", None)
         if kind is None or not jnp.issubdtype(kind, jnp.inexact):
             raise TypeError(
@@ -216,14 +232,14 @@ def resolve_layers(
         reading = _read_tree(numbers, params)
     for note in () if quiet else reading.notes:
         warn(note)
-    groups: dict[Hashable, list[Member]] = {}
+    groups: dict[Group, list[Member]] = {}
     for path, (axes, group) in reading.leaves.items():
         groups.setdefault(group, []).append(Member(path, leaves[path].array, axes))
     layers = [_layer(group, members) for group, members in groups.items()]
     return Layers(layers, reading.reasons)
 
 
-def _layer(group: Hashable, members: list[Member]) -> Layer:
+def _layer(group: Group, members: list[Member]) -> Layer:
     kernels = tuple(member for member in members if member.axes.reduction)
     biases = tuple(member for member in members if not member.axes.reduction)
     if not kernels:

@@ -147,5 +147,17 @@ def modulate_error(
     gates = [a.gates for a in axes]
     if any(count != gates[0] for count in gates):
         raise ValueError(f"Kernels summed into one z must have the same gates, got {gates}.")
+    nodes = len(shapes[0]) - len(axes[0].stack)
+    stack, further = shapes[0][: len(axes[0].stack)], z.ndim > len(shapes[0])
+    if (
+        stack
+        and further
+        and z.shape[-nodes - len(stack) :] == shapes[0]
+        and (z.shape[: len(stack)] == stack)
+    ):
+        raise ValueError(
+            f"z of shape {z.shape} may hold the stack {stack} in front or before its nodes, since"
+            " the sizes are equal: call modulate_error of one layer, under jax.vmap over the stack."
+        )
     factor = layer_factor(arrays, axes, options)
     return scale_tangent(z, align(factor, len(axes[0].output), z))

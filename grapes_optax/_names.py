@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from collections import defaultdict
 from collections.abc import Callable, Container, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -12,17 +13,38 @@ import optax
 
 from grapes_optax._conventions import BIASES, CONVENTIONS, PAIRS, VECTORS, Beside, Convention
 from grapes_optax._importance import Axes, DimensionNumbers
-from grapes_optax._tree import Leaf, Path, holes, path_names, path_string, tree_leaves
+from grapes_optax._tree import KernelPath, Leaf, Path, holes, path_names, path_string, tree_leaves
 from grapes_optax._warn import warn
 
 Leaves = Mapping[Path, Leaf]
 Where = Callable[[str], bool]
 
 
+class Group(NamedTuple):
+    """What tells one layer from the others: a kernel of it, or else a label of the user's."""
+
+    kernel: Path
+    label: Hashable = None
+
+    def __str__(self) -> str:
+        return path_string(self.kernel) if self.label is None else str(self.label)
+
+
+def label_of(kernels: Sequence[Path], members: Sequence[Path]) -> KernelPath:
+    """The label of a layer: the path of its first kernel that is no end of another member's."""
+    paths = ["/" + path_string(path) for path in members]
+    first = next(
+        path
+        for path in map(path_string, kernels)
+        if sum(other.endswith("/" + path) for other in paths) == 1
+    )
+    return KernelPath(first)
+
+
 class Reading(NamedTuple):
     """What was read of a tree: axes and group of the leaves to modulate, and notes on others."""
 
-    leaves: dict[Path, tuple[Axes, Hashable]]
+    leaves: dict[Path, tuple[Axes, Group]]
     notes: list[str]
     reasons: dict[Path, str]  # why a leaf is left alone
 
@@ -140,9 +162,12 @@ class Names:
         self.kernels = [leaf for leaf in self.leaves.values() if _has_name_of_kernel(leaf)]
         self.cells = cells_of({leaf.path: leaf.shape for leaf in self.kernels})
         # Branches all of whose vectors have rank 2: what lies there is a stack of layers.
-        vectors = [leaf for path, leaf in self.leaves.items() if path and path[-1] in VECTORS]
-        self.stacks = {vector.path[:-2] for vector in vectors if vector.ndim > 1}
-        self.stacks -= {vector.path[:-2] for vector in vectors if vector.ndim == 1}
+        ranks: dict[Path, set[int]] = defaultdict(set)
+        for path, leaf in self.leaves.items():
+            if path and path[-1] in VECTORS:
+                for n in range(len(path)):
+                    ranks[path[:n]].add(leaf.ndim)
+        self.stacks = {branch for branch, found in ranks.items() if min(found) > 1}
         # Names whose order is another in this tree: a bias fits its kernel, but not our rows.
         self.disproved = {
             kernel.path[-1]
@@ -216,7 +241,8 @@ class Names:
         return Layout(axes, group, row.is_told) if fits else None
 
     def _may_be_stack(self, kernel: Leaf) -> bool:
-        return kernel.ndim > 2 and kernel.path[:-2] in self.stacks
+        branches = (kernel.path[:n] for n in range(len(kernel.path)))
+        return kernel.ndim > 2 and any(branch in self.stacks for branch in branches)
 
 
 def read_names(params: optax.Params, where: Where | None = None) -> Reading:
@@ -237,18 +263,15 @@ def read_names(params: optax.Params, where: Where | None = None) -> Reading:
     }
     missing = {_split(path) for path in holes(params)}
 
-    described: dict[Path, tuple[Axes, Hashable]] = {}
-    labels: dict[str, Path] = {}
+    described: dict[Path, tuple[Axes, Group]] = {}
     for kernel in wanted:
         if layout := settled.get(kernel.path):
             _check_group(kernel, layout, settled, missing)
-            first = min(layout.group, key=places.__getitem__)
-            if labels.setdefault(label := path_string(first), first) != first:
-                raise ValueError(f"Two kernels have the path {label}: describe them by hand.")
-            described[kernel.path] = layout.axes, label
+            group = Group(min(layout.group, key=places.__getitem__))
+            described[kernel.path] = layout.axes, group
             bias = bias_of(kernel, names.leaves)
             if bias and (along := bias_axes(bias, kernel, layout.axes)):
-                described[bias.path] = along, label
+                described[bias.path] = along, group
 
     open_ = [kernel for kernel in wanted if kernel.path not in settled]
     open_ += [
@@ -337,6 +360,7 @@ class ByPath:
                 ' static_args="weight_dimension_numbers".'
             )
         described, notes, _ = read_names(params, self.where)
+        check_labels(group.kernel for _, group in described.values())
         for note in notes:
             warn(note)
         return jax.tree_util.tree_map_with_path(
@@ -347,9 +371,22 @@ class ByPath:
         )
 
 
-def numbers_of(axes: Axes, group: Hashable) -> DimensionNumbers:
+def check_labels(kernels: Iterable[Path]) -> None:
+    """Refuses a tree in which two kernels are written alike: a description could not tell them."""
+    paths: dict[str, Path] = {}
+    for kernel in kernels:
+        if paths.setdefault(path_string(kernel), kernel) != kernel:
+            raise ValueError(
+                f"Two kernels have the path {path_string(kernel)}: rename a branch, or describe"
+                " them by hand with a group each."
+            )
+
+
+def numbers_of(axes: Axes, group: Group) -> DimensionNumbers:
     gates = axes.gates if axes.reduction else 1
-    return DimensionNumbers(axes.reduction, axes.output, group, gates)
+    return DimensionNumbers(
+        axes.reduction, axes.output, KernelPath(path_string(group.kernel)), gates
+    )
 
 
 def by_path(where: Where | None = None) -> Callable[[optax.Params], optax.Params]:

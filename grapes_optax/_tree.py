@@ -48,6 +48,16 @@ def path_string(path: Path) -> str:
     return "/".join(without_collection(path)) or "(root)"
 
 
+class KernelPath(str):
+    """Label of a layer: the path of one of its kernels in the tree that was described.
+
+    So a description may become a branch of another one, and its layers stay apart from those of
+    the other branches, which a label of the user's, the same everywhere, brings together.
+    """
+
+    __slots__ = ()
+
+
 def tree_leaves(tree: Any) -> Iterator[Leaf]:
     """Leaves of a tree with their paths and the classes of their modules."""
 

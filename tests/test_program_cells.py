@@ -289,7 +289,32 @@ def mixed_context(p, query, keys):
 CELL = {"b": array(7), "u": array(7, 7), "w": array(5, 7)}
 AXIS = {"b": array(4, 7), "u": array(7, 4, 7), "w": array(5, 4, 7)}
 UNEVEN = r"u \(7, 28\): its nodes are cut, but not into equal gates; w \(5, 28\): its"
+
+
+def rotated(p, x, angle):
+    """A rotary embedding of queries that are adapted by a second, low-rank product."""
+    q = jnp.einsum("bi,ihd->bhd", x, p["q"]) + jnp.einsum("br,rhd->bhd", x @ p["a"], p["b"])
+    left, right = jnp.split(q, 2, -1)
+    cos, sin = jnp.cos(angle)[:, None, None], jnp.sin(angle)[:, None, None]
+    return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], -1)
+
+
+def two_branches(p, x, h):
+    left, right = jnp.split(sum_of(p, x, h), 2, -1)
+    return jnp.concatenate([jax.nn.relu(left), right], -1)
+
+
 CELLS = {
+    "cut by a rotary embedding": Case(
+        plain(
+            rotated,
+            {"q": array(5, 2, 4), "a": array(5, 3), "b": array(3, 2, 4)},
+            array(2, 5),
+            array(2),
+        ),
+        [Layer({"q": (0, (1, 2)), "b": (0, (1, 2))}), one("a", bias=None)],
+    ),
+    "cut into branches": Case(plain(two_branches, FUSED, *STEP), [SUM]),
     "sum": Case(plain(sum_of, CELL, *STEP), [SUM]),
     "split after the sum": Case(plain(split_after, FUSED, *STEP), [GATES]),
     "split before the sum": Case(plain(split_before, FUSED, *STEP), [GATES]),

@@ -55,6 +55,7 @@ import optax
 
 from grapes_optax._importance import DimensionNumbers, LeftAlone
 from grapes_optax._layers import resolve_layers
+from grapes_optax._names import check_labels, label_of
 from grapes_optax._program.flat import Program
 from grapes_optax._program.layers import described
 from grapes_optax._program.outputs import outputs
@@ -263,6 +264,7 @@ def infer_dimension_numbers(
     wanted = kernels | {leaf for leaf in reader.unsettled() if leaves[leaf].may_be_kernel}
     if where is not None:
         wanted = _wanted(where, leaves, wanted)
+    check_labels(leaves[leaf].path for leaf in kernels)
     final, read_again = outputs(reader)
     result: list[DimensionNumbers | LeftAlone | None] = [None] * len(leaves)
     for layer in layers:
@@ -272,7 +274,8 @@ def infer_dimension_numbers(
             for leaf in layer:
                 result[leaf] = LeftAlone("output")
         elif chosen == summed:
-            label = path_string(leaves[summed[0]].path)
+            members = [leaves[leaf].path for leaf in layer]
+            label = label_of([leaves[leaf].path for leaf in summed], members)
             for leaf, numbers in layer.items():
                 result[leaf] = numbers._replace(group=label)
         elif chosen:

@@ -9,6 +9,8 @@ through it is left alone, with the reason.
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
+
 # Parameters that a rule needs, and those that change no axis.
 STRUCTURE: dict[str, tuple[str, str]] = {
     "broadcast_in_dim": ("broadcast_dimensions", "shape sharding"),
@@ -50,6 +52,10 @@ class Strange(Unfollowed):
 
 def shape(atom: Any) -> tuple[int, ...]:
     return tuple(getattr(atom.aval, "shape", ()))
+
+
+def is_float(atom: Any) -> bool:
+    return jnp.issubdtype(getattr(atom.aval, "dtype", bool), jnp.inexact)
 
 
 def shapes(atoms: Sequence[Any]) -> list[tuple[int, ...]]:

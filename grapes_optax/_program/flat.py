@@ -24,6 +24,7 @@ class Operation:
     outputs: list[int]
     params: Mapping[str, Any] = field(default_factory=dict)
     unfollowed: str = ""  # why nothing can be followed through it
+    custom: bool = False  # whether the program gives it a derivative of its own
 
 
 class Program:
@@ -31,6 +32,8 @@ class Program:
 
     def __init__(self, closed: Any, parameters: int):
         self.shapes: list[tuple[int, ...]] = []
+        self.without_error: set[int] = set()  # values of integers or booleans
+        self.custom = 0  # how many derivatives of the program's own are around
         self.constants: dict[int, Any] = {}  # arrays and numbers that are known
         self.operations: list[Operation] = []
         self.producers: dict[int, Operation] = {}
@@ -59,6 +62,8 @@ class Program:
 
     def _number(self, atom: Any) -> int:
         self.shapes.append(equations.shape(atom))
+        if not equations.is_float(atom):
+            self.without_error.add(len(self.shapes) - 1)
         return len(self.shapes) - 1
 
     def _constant(self, atom: Any, value: Any) -> int:
@@ -75,7 +80,7 @@ class Program:
         unfollowed: str = "",
     ) -> Operation:
         numbers = [self._number(atom) for atom in outputs]
-        op = Operation(name, inputs, numbers, params or {}, unfollowed)
+        op = Operation(name, inputs, numbers, params or {}, unfollowed, self.custom > 0)
         self.operations.append(op)
         self.producers |= dict.fromkeys(numbers, op)
         return op
@@ -156,6 +161,14 @@ def _call(program: Program, eqn: Any, inputs: list[int]) -> list[int]:
     return program.inline(equations.call(eqn), inputs)
 
 
+def _custom(program: Program, eqn: Any, inputs: list[int]) -> list[int]:
+    program.custom += 1
+    try:
+        return _call(program, eqn, inputs)
+    finally:
+        program.custom -= 1
+
+
 def _scan(program: Program, eqn: Any, inputs: list[int]) -> list[int]:
     body, constants, carried = equations.scan(eqn)
     scanned = constants + carried
@@ -199,11 +212,14 @@ def _select(program: Program, eqn: Any, inputs: list[int]) -> list[int]:
 
 
 CALLS = """
-    call checkpoint closed_call core_call custom_jvp_call custom_vjp_call custom_vjp_call_jaxpr
-    jit pjit remat remat2
+    call checkpoint closed_call core_call jit pjit remat remat2
+"""
+CUSTOM = """
+    custom_jvp_call custom_vjp_call custom_vjp_call_jaxpr
 """
 INLINED: dict[str, Callable[[Program, Any, list[int]], list[int]]] = {
     **dict.fromkeys(CALLS.split(), _call),
+    **dict.fromkeys(CUSTOM.split(), _custom),
     "cond": _cond,
     "scan": _scan,
     "select_n": _select,

@@ -179,6 +179,10 @@ class Group:
                 raise ValueError(f"gates do not divide {nodes} nodes: {self.rows(said)}.")
         elif len(self.kernels) > 1:
             cut = {axis: n for axis in self.outputs() if (n := self._equal_parts(axis)) != 1}
+            # What is cut for another purpose, a rotary embedding for instance, is one population.
+            gated = {self.reader.same(axis) for axis in self.reader.gated}
+            gated |= {self.reader.same(axis) for axis, late in self.reader.ends if late}
+            cut = {axis: n for axis, n in cut.items() if n is None or axis in gated}
             if len(cut) == 1 and None not in cut.values():
                 ((self.last, self.gates),) = ((axis, n or 1) for axis, n in cut.items())
             elif cut:

@@ -15,8 +15,9 @@ from typing import NamedTuple
 from grapes_optax._program.flat import reached
 from grapes_optax._program.reader import Reader
 
-# No error comes back through these: what reads their results reads no layer.
-WITHOUT_ERROR = frozenset({"argmax", "argmin", "stop_gradient"})
+# No error comes back through these, nor through integers and booleans, unless the program gives
+# them a derivative: what reads their results reads no layer.
+WITHOUT_ERROR = frozenset({"ceil", "floor", "round", "sign", "stop_gradient"})
 
 
 class Outputs(NamedTuple):
@@ -32,8 +33,13 @@ def outputs(reader: Reader) -> Outputs:
     by_hand = {n: frozenset({k}) for n, k in reader.summed.items() if k not in reader.uses}
     products = reader.products | by_hand
     others = [op for op in program.operations if op.outputs[0] not in products]
+    of_error = {number for op in others if op.custom for number in op.outputs}
     onward = program.edges(others)
-    with_error = program.edges(op for op in others if op.name not in WITHOUT_ERROR)
+    with_error = program.edges(op for op in others if op.custom or op.name not in WITHOUT_ERROR)
+    with_error = {
+        number: [n for n in after if n in of_error or n not in program.without_error]
+        for number, after in with_error.items()
+    }
     read = {
         number for op in program.operations if op.outputs[0] in products for number in op.inputs
     }

@@ -70,6 +70,8 @@ class Reader:
         # Where axes are cut, before or (True) after the nonlinearity; None: not into pieces,
         # or only the running program knows.
         self.ends: dict[Any, set[int | None]] = defaultdict(set)
+        # Of which a part is a gate: it goes through a bounded nonlinearity, or multiplies another.
+        self.gated: set[Axis] = set()
         self.reasons: dict[int, str] = {}
         self._parents: dict[Axis, Axis] = {}
 
@@ -149,6 +151,10 @@ class Reader:
         return isinstance(value, Data) and (bool(value.lost) or of_parameters)
 
     # Parts of an axis.
+
+    def note_gate(self, pre: Pre) -> None:
+        self.gated |= {f.axis for f in pre.factors() if f.axis and f.size < self.extent(f.axis)}
+        self.gated |= {axis for axis, _ in pre.indexed}
 
     def _cut(self, view: View, factor: Factor, start: int | None, size: int) -> None:
         """Notes that a part of an axis goes its own way: a gate, perhaps."""

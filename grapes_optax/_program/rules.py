@@ -416,6 +416,8 @@ def _add(reader: Reader, op: Operation, operands: Sequence[Value]) -> Value | No
 def _multiply(reader: Reader, op: Operation, operands: Sequence[Value]) -> Value | None:
     side = 0 if isinstance(operands[0], Pre) else 1
     pre, other = operands[side], operands[1 - side]
+    if isinstance(other, Pre) and other is not pre:
+        reader.note_gate(other)
     if op.name == "div" and side == 1:
         return None
     if _is_uniform(other) and not reader.from_input([op.inputs[1 - side]]):
@@ -437,6 +439,7 @@ def _choose(reader: Reader, op: Operation, operands: Sequence[Value]) -> Value |
 def _squash(reader: Reader, op: Operation, operands: Sequence[Value]) -> Value | None:
     pres = [value for value in operands if isinstance(value, Pre)]
     if len(pres) == 1 and all(value is pres[0] or _is_uniform(value) for value in operands):
+        reader.note_gate(pres[0])
         return replace(pres[0], state="squashed")
     return None
 
