@@ -68,6 +68,10 @@ class LeftAlone:
 
     reason: str
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.reason, str):
+            raise TypeError(f"reason must be a word or two, got {self.reason!r}.")
+
 
 class HasAxes(Protocol):
     """Any object that says which axes of a leaf are which."""

@@ -252,6 +252,12 @@ def _layer(group: Group, members: list[Member]) -> Layer:
         raise ValueError(f"Kernels of one group must have the same number of gates, got {gates}.")
     first, *others = kernels + biases
     *outer, last = first.shape
+    stacks = {
+        path_string(kernel.path): _without_ones(kernel.shape[: len(kernel.axes.stack)])
+        for kernel in kernels
+    }
+    if len(set(stacks.values())) > 1:
+        raise ValueError(f"Kernels of one group must have the same stack, got {stacks}.")
     allowed = [first.shape, (*outer, last // first.axes.gates)]
     for member in others:
         fits = allowed if member in biases else allowed[:1]

@@ -82,8 +82,9 @@ def scale_by_grapes(
 
     Returns:
       An :class:`optax.GradientTransformationExtraArgs` with an empty state. Updates
-      keep their dtype. ``update`` needs ``params``; a bias whose kernel is not among
-      them (``optax.masked``, ``optax.partition``) passes through as it is.
+      keep their dtype (arrays of NumPy become those of JAX). ``update`` needs ``params``;
+      a bias whose kernel is not among them (``optax.masked``, ``optax.partition``) passes
+      through as it is, which ``init`` tells by a ``UserWarning``.
 
     Raises:
       ValueError: if an option is unknown or out of range; in ``update``, before
@@ -225,6 +226,8 @@ def scale_by_outgoing_importance(
         chain = [kernels[path] for path in layers]
         outgoing = Axes(reduction=(1,), output=(0,), stack=())
         factors = [layer_factor([kernel], [outgoing], options) for kernel in chain[:-1]]
+        wide = max((factor.dtype for factor in factors), key=lambda dtype: dtype.itemsize)
+        factors = [factor.astype(wide) for factor in factors]
         factors.append(jnp.ones(chain[-1].shape[0], factors[0].dtype))
         products = {
             path: factors[i + 1][:, None] * factors[i + 2][None]

@@ -200,9 +200,13 @@ def rate_code(
       Woźniak et al., `Deep learning incorporating biologically inspired neural dynamics and
       in-memory computing <https://doi.org/10.1038/s42256-020-0187-0>`_, 2020
     """
+    if not isinstance(images, np.ndarray | jax.Array | list | tuple | float | np.number):
+        raise TypeError(f"images must be an array, got {images!r}.")
     pixels = jnp.asarray(images)
     if isinstance(steps, bool) or not isinstance(steps, int | np.integer) or steps < 1:
         raise ValueError(f"steps must be a positive int, got {steps!r}.")
+    if not isinstance(rate, int | float | np.number | jax.Array) or np.ndim(rate):
+        raise TypeError(f"rate must be a number, got {rate!r}.")
     if not isinstance(rate, Tracer) and not 0 <= rate <= 1:
         raise ValueError(f"rate must be a probability in [0, 1], got {rate}.")
     if not jnp.issubdtype(pixels.dtype, jnp.floating):

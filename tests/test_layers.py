@@ -1,5 +1,6 @@
 """From a parameter tree to layers: names, descriptions, and what is said when they fail."""
 
+import itertools
 import warnings
 from types import SimpleNamespace
 
@@ -16,7 +17,13 @@ import pytest
 import reference
 from flax import nnx
 
-from grapes_optax import DimensionNumbers, by_path, scale_by_grapes
+from grapes_optax import (
+    DimensionNumbers,
+    by_path,
+    factors,
+    infer_dimension_numbers,
+    scale_by_grapes,
+)
 
 KEY = jax.random.key(0)
 
@@ -514,3 +521,102 @@ def test_gates_that_do_not_fit(gates, message):
     }
     with pytest.raises(ValueError, match=message):
         scale_by_grapes(description).update(params, optax.EmptyState(), params)
+
+
+# Descriptions of parts, put together
+
+
+def network(widths, seed):
+    rng, sizes = np.random.default_rng(seed), itertools.pairwise(widths)
+    return {
+        f"Dense_{i}": {
+            "kernel": jnp.asarray(rng.normal(size=size), jnp.float32),
+            "bias": jnp.zeros(size[1]),
+        }
+        for i, size in enumerate(sizes)
+    }
+
+
+def apply(params, x):
+    for layer in params.values():
+        x = jnp.tanh(x @ layer["kernel"] + layer["bias"][None])
+    return x
+
+
+@pytest.mark.parametrize("widths", [(5, 7, 3), (5, 6, 3)])
+@pytest.mark.parametrize("way", ["names", "program"])
+def test_descriptions_of_two_networks_in_one_tree(way, widths):
+    params = {"actor": network((5, 7, 3), 1), "critic": network(widths, 2)}
+    params = {"params": params | {"Dense_0": network((4, 7), 3)["Dense_0"]}}
+    described = {"Dense_0": by_path()({"Dense_0": params["params"]["Dense_0"]})["Dense_0"]}
+    for name in "actor", "critic":
+        part = params["params"][name]
+        described[name] = (
+            by_path()(part)
+            if way == "names"
+            else infer_dimension_numbers(apply, part, jnp.ones((2, 5)), modulate_output=True)
+        )
+    expected = {
+        f"params/{name}/{leaf}": (0, 1) if leaf == "kernel" else f"params/{name}/kernel"
+        for name in ("Dense_0", *(f"{n}/Dense_{i}" for n in ("actor", "critic") for i in (0, 1)))
+        for leaf in ("kernel", "bias")
+    }
+    assert_modulated(params, expected, {"params": described})
+
+
+def test_a_layer_of_two_branches_keeps_its_label():
+    kernels = {
+        "Dense_0": {"kernel": jnp.ones((5, 7))},
+        "Z": {"Dense_0": {"kernel": jnp.ones((5, 7))}},
+    }
+    described = infer_dimension_numbers(
+        lambda p, x: jnp.tanh(x @ p["Dense_0"]["kernel"] + x @ p["Z"]["Dense_0"]["kernel"]),
+        kernels,
+        jnp.ones((2, 5)),
+        modulate_output=True,
+    )
+    params, updates, result = updated({"part": kernels}, {"part": described})
+    importance = sum(np.abs(np.asarray(kernel)).sum(0) for kernel in params.values())
+    for path, update in updates.items():
+        np.testing.assert_allclose(
+            result[path], np.asarray(update) * reference.factor(importance, 1), rtol=1e-6
+        )
+
+
+def test_a_label_meets_no_path():
+    params = {"cell": jnp.ones((4, 5)), "other": jnp.ones((4, 5))}
+    described = {"cell": DimensionNumbers(), "other": DimensionNumbers(group="cell")}
+    assert_modulated(params, {"cell": (0, 1), "other": (0, 1)}, described)
+    params = random_like({"a/b": jnp.ones((4, 5)), "a": {"b": jnp.ones((4, 5))}})
+    result = factors(params, DimensionNumbers())
+    for kernel, factor in (params["a/b"], result["a/b"]), (params["a"]["b"], result["a"]["b"]):
+        expected = reference.factor(np.abs(kernel).sum(0), 1)
+        np.testing.assert_allclose(factor, expected, rtol=1e-6)
+    twins = {"x/y": {"kernel": params["a/b"]}, "x": {"y": {"kernel": params["a/b"]}}}
+    for call in (
+        lambda: by_path()(twins),
+        lambda: infer_dimension_numbers(
+            lambda p, x: (x @ p["a/b"]) * (x @ p["a"]["b"]), params, jnp.ones((2, 4))
+        ),
+    ):
+        with pytest.raises(ValueError, match="Two kernels have the path"):
+            call()
+
+
+def test_a_users_label_joins_the_layer_of_a_path():
+    params = {"Dense_0": {"kernel": jnp.ones((5, 7))}, "recurrent": jnp.ones((7, 7))}
+    described = by_path(lambda path: "Dense" in path)(params)
+    described["recurrent"] = DimensionNumbers(0, 1, group="Dense_0/kernel")
+    params, updates, result = updated(params, described)
+    importance = sum(np.abs(np.asarray(kernel)).sum(0) for kernel in params.values())
+    for path, update in updates.items():
+        np.testing.assert_allclose(
+            result[path], np.asarray(update) * reference.factor(importance, 1), rtol=1e-6
+        )
+
+
+def test_kernels_of_one_layer_have_one_stack():
+    params = {"a": jnp.ones((3, 4, 5)), "b": jnp.ones((4, 3, 5))}
+    described = {"a": DimensionNumbers(1, 2, "z"), "b": DimensionNumbers(0, (1, 2), "z")}
+    with pytest.raises(ValueError, match=r"same stack, got {'a': \(3,\), 'b': \(\)}"):
+        scale_by_grapes(described).init(params)

@@ -1,5 +1,6 @@
 """Which layers are output layers, and what is said where none or all of them are."""
 
+import functools
 import re
 import warnings
 from typing import Any, NamedTuple
@@ -223,16 +224,27 @@ def fed_back(p, xs):
     return lax.scan(step, (jnp.zeros((2, 5)),) * 2, xs)[1]
 
 
-def decoded_greedily(p, x):
-    """No error comes back through the largest entry."""
+SAMPLES = {
+    "argmax": lambda z: jax.nn.one_hot(jnp.argmax(z, -1), 5),
+    "top_k": lambda z: jax.nn.one_hot(lax.top_k(z, 1)[1][:, 0], 5),
+    "argsort": lambda z: jax.nn.one_hot(jnp.argsort(z)[:, -1], 5),
+    "comparison": lambda z: (jax.nn.sigmoid(z) > 0.5).astype(jnp.float32),
+    "largest": lambda z: (z == z.max(-1, keepdims=True)).astype(jnp.float32),
+    "rounded": lambda z: jnp.round(jax.nn.sigmoid(z)),
+    "stop_gradient": lambda z: lax.stop_gradient(jax.nn.softmax(z)),
+}
+
+
+def decoded(sample, p, x):
+    """What is sampled is fed back, and brings back no error."""
 
     def step(carry, _):
         h, token = carry
-        h = jnp.tanh(h @ p["u"] + p["table"][token] @ p["w"])
+        h = jnp.tanh(h @ p["u"] + token @ p["w"])
         z = h @ p["z"]
-        return (h, jnp.argmax(z, -1)), z
+        return (h, sample(z)), z
 
-    return lax.scan(step, (x, jnp.zeros(2, int)), None, 3)[1]
+    return lax.scan(step, (x, x), None, 3)[1]
 
 
 def spiking(p, xs):
@@ -380,9 +392,12 @@ NETS = {
     "readout fed back": Case(
         plain(fed_back, net(*"wvuz"), STEPS), set(), {*"wvuz"}, AGAIN.format("z")
     ),
-    "decoded greedily": Case(
-        plain(decoded_greedily, net(*"wuz", table=(5, 5)), array(2, 5)), {"z"}, {"w", "u"}
-    ),
+    **{
+        f"decoded by {name}": Case(
+            plain(functools.partial(decoded, sample), net(*"wuz"), array(2, 5)), {"z"}, {"w", "u"}
+        )
+        for name, sample in SAMPLES.items()
+    },
     "spikes recorded": Case(plain(spiking, net("a", "z"), STEPS), {"z"}, {"a"}),
     "a stack": Case(
         plain(stacked, {"w": array(3, 5, 5)}, array(2, 5)), set(), {"w"}, AGAIN.format("w")

@@ -93,7 +93,8 @@ def _hints(name: str, given: Mapping[str, Any], leaves: Sequence[Leaf]) -> dict[
 
 def _traced(apply_fn: Callable[..., Any], params: optax.Params, inputs: Any, count: int) -> Program:
     leaves, structure = jax.tree.flatten(inputs)
-    is_array = [hasattr(leaf, "shape") for leaf in leaves]
+    # A scalar of NumPy may be a flag.
+    is_array = [hasattr(leaf, "shape") and not isinstance(leaf, np.generic) for leaf in leaves]
 
     def results(params, arrays):
         arrays = iter(arrays)  # What is no array stays as it is: the function may branch on it.
@@ -287,7 +288,7 @@ def infer_dimension_numbers(
             )
     modulated = any(isinstance(value, DimensionNumbers) for value in result)
     found = [_unsettled(reader, None if where is None else wanted)]
-    if read_again and read_again <= wanted and not (final or modulate_output):
+    if modulated and read_again and read_again <= wanted and not (final or modulate_output):
         found.append(
             "GRAPES finds no output layer, and modulates all: what reaches the results"
             f" ({_paths(leaves, read_again)}) is read by a layer again, as in a recurrent network"

@@ -239,6 +239,10 @@ class Reader:
         pairs, entries = aligned(a, b), self._entries(a, b)
         if a.state == b.state == "gated":
             return Data()
+        if entries is None and len(a.indexed) == len(b.indexed):
+            # Several layers of one stack, or of stacks of other sizes.
+            self.report(a.kernels | b.kernels, "summed with another entry of a stack")
+            return Data()
         if entries is None or any(bool(left.axis) != bool(right.axis) for left, right in pairs):
             # One value for several nodes, or for all layers of a stack, is a layer by itself.
             more = len(a.indexed) - len(b.indexed)

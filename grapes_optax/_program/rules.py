@@ -508,7 +508,7 @@ def read(program: Program, leaves: Sequence[Leaf]) -> Reader:
             dims = tuple((Factor((leaf, k), n),) for k, n in enumerate(reader.shapes[leaf]))
             values[number] = Weight(dims=dims, leaf=leaf)
             if not program.consumers[number]:
-                reader.report([leaf], "not used")
+                reader.report_lost([(leaf, "not used")])
     for op in program.operations:
         operands = [_operand(program, number, values.get(number, Data())) for number in op.inputs]
         values |= zip(op.outputs, _results(reader, op, operands), strict=True)
