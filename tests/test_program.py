@@ -241,7 +241,7 @@ UNSETTLED = {
     "not used": (
         lambda p, x: x @ jnp.ones((5, 2)),
         {"w": array(5, 7), "b": array(7)},
-        r"(?<!;) w \(5, 7\): not used[.]",  # vectors may be the statistics of a norm
+        r"(?<!; )w \(5, 7\): not used[.]",  # vectors may be the statistics of a norm
     ),
     "entries of one stack summed": (
         lambda p, x: jnp.tanh(x @ p["w"][0] + (2 * x) @ p["w"][1]),
