@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.core import Tracer
-from jax.sharding import reshard
+from jax.sharding import NamedSharding, PartitionSpec, reshard
 
 Normalization = Literal["max", "mean"]
 Control = Literal["mean", "roll"]
@@ -222,12 +222,20 @@ def expand(factor: jax.Array, axes: Axes) -> jax.Array:
 
 def scale(x: jax.Array, factor: jax.Array) -> jax.Array:
     """Product with a factor that broadcasts against `x`, of the type and sharding of `x`."""
+    x = jnp.asarray(x)
+    sharding = jax.typeof(x).sharding
+    # A factor from a sharded kernel lies as the update does: a bias may be sharded otherwise.
+    spec = PartitionSpec(
+        *(
+            axis if n == m else None
+            for axis, n, m in zip(sharding.spec, factor.shape, x.shape, strict=True)
+        )
+    )
+    if jax.typeof(factor).sharding.spec != spec:
+        factor = reshard(factor, NamedSharding(sharding.mesh, spec))
     # The product is taken in the wider type: a bfloat16 factor would be off by 0.4 %.
     wide = max(x.dtype, factor.dtype, key=lambda dtype: dtype.itemsize)
-    product = (x.astype(wide) * factor.astype(wide)).astype(x.dtype)
-    # A factor from a sharded kernel would shard the update of a replicated bias.
-    sharding = jax.typeof(x).sharding
-    return product if jax.typeof(product).sharding == sharding else reshard(product, sharding)
+    return (x.astype(wide) * factor.astype(wide)).astype(x.dtype)
 
 
 def _mean_of_layer(factor: jax.Array, nodes: tuple[int, ...]) -> jax.Array:

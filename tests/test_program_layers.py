@@ -386,6 +386,55 @@ STACKS = {
     ),
 }
 
+GRAPH = {"self": array(5, 7), "other": array(5, 7), "b": array(7)}
+SAGE = [Layer({"self": (0, 1), "other": (0, 1)}, {"b": 0})]
+AGGREGATIONS = {
+    "graph convolution": Case(
+        plain(
+            lambda p, a, x: jnp.tanh(a @ (x @ p["kernel"]) + p["bias"][None]),
+            {"kernel": array(5, 7), "bias": array(7)},
+            array(4, 4),
+            array(4, 5),
+        ),
+        [one()],
+    ),
+    "neighbours, multiplied before": Case(
+        plain(
+            lambda p, a, x: x @ p["self"] + a @ (x @ p["other"]) + p["b"][None],
+            GRAPH,
+            array(4, 4),
+            array(4, 5),
+        ),
+        SAGE,
+    ),
+    "neighbours, multiplied after": Case(
+        plain(
+            lambda p, a, x: x @ p["self"] + (a @ x) @ p["other"] + p["b"][None],
+            GRAPH,
+            array(4, 4),
+            array(4, 5),
+        ),
+        SAGE,
+    ),
+    "set": Case(
+        plain(
+            lambda p, x: x @ p["self"] + (x @ p["other"]).mean(0, keepdims=True) + p["b"][None],
+            GRAPH,
+            array(4, 5),
+        ),
+        SAGE,
+    ),
+    "activations": Case(
+        plain(
+            lambda p, a, x: a @ jnp.tanh(x @ p["self"]) + jnp.tanh(x @ p["other"]) + p["b"][None],
+            GRAPH,
+            array(4, 4),
+            array(4, 5),
+        ),
+        [one("self", bias=None), one("other", bias=None)],
+    ),
+}
+
 CASES: dict[str, Case] = {
     f"{name}: {row}": case
     for name, table in {
@@ -394,6 +443,7 @@ CASES: dict[str, Case] = {
         "convolution": CONVOLUTIONS,
         "norm": NORMS,
         "stack": STACKS,
+        "aggregation": AGGREGATIONS,
     }.items()
     for row, case in table.items()
 }

@@ -198,6 +198,10 @@ def _contraction(reader: Reader, op: Operation, operands: Sequence[Value]) -> li
     sides = [i for i in (0, 1) if may_be_kernel(i)]
     if len(sides) == 2:  # What was multiplied by data is rather an activation.
         sides = [i for i in sides if not getattr(operands[i], "product", False)]
+    for i in (0, 1):
+        pre, other = operands[i], operands[1 - i]
+        if isinstance(other, Data) and _is_aggregated(pre, contracted[i]):
+            return [replace(pre, dims=tuple(_dims_of_product(reader, op, {i: pre})))]
     if len(sides) != 1:
         both = all(isinstance(value, Weight) for value in operands)
         reason = "multiplied by another parameter" if both else "without fan-in or without nodes"
@@ -208,6 +212,11 @@ def _contraction(reader: Reader, op: Operation, operands: Sequence[Value]) -> li
     dims = _dims_of_product(reader, op, {side: weight})
     fan_in, nodes = weight.axes(contracted[side]), weight.axes(free[side])
     return reader.multiply(op, side, fan_in, nodes, weight, dims)
+
+
+def _is_aggregated(value: Value, dims: Iterable[int]) -> bool:
+    """Whether a sum over these axes, of neighbours in a graph or of a set, keeps the nodes."""
+    return isinstance(value, Pre) and value.state == "sum" and not value.axes(dims)
 
 
 def _free(reader: Reader, op: Operation, i: int) -> list[int]:
@@ -287,6 +296,9 @@ def _convolution(reader: Reader, op: Operation, operands: Sequence[Value]) -> li
 
 def _sum_over(reader: Reader, op: Operation, operands: Sequence[Value]) -> list[Value]:
     (value,) = operands
+    axes = op.params["axes"]
+    if isinstance(value, Pre) and _is_aggregated(value, axes):
+        return _with_dims(value, (dim for k, dim in enumerate(value.dims) if k not in axes))
     if isinstance(value, Weight) and value.product:
         long = {axis for axis in value.axes() if reader.extent(axis) > 1}
         summed = long & value.axes(op.params["axes"])
