@@ -1,8 +1,5 @@
 """The propagated form: an identity whose derivative is multiplied by the factors."""
 
-import contextlib
-from collections.abc import Callable, Iterator
-from contextvars import ContextVar
 from typing import Any
 
 import jax
@@ -16,23 +13,6 @@ from grapes_optax._importance import (
     layer_factor,
     scale,
 )
-
-# Which paths have the propagated form now, so that no factor acts twice.
-_PROPAGATED: ContextVar[tuple[Callable[[str], bool], ...]] = ContextVar("_PROPAGATED", default=())
-
-
-@contextlib.contextmanager
-def propagated_paths(where: Callable[[str], bool]) -> Iterator[None]:
-    """Declares that the kernels at such paths have the propagated form in this context."""
-    token = _PROPAGATED.set((*_PROPAGATED.get(), where))
-    try:
-        yield
-    finally:
-        _PROPAGATED.reset(token)
-
-
-def is_propagated(path: str) -> bool:
-    return any(where(path) for where in _PROPAGATED.get())
 
 
 @jax.custom_jvp
@@ -54,6 +34,8 @@ def align(factor: jax.Array, node_ndim: int, z: jax.Array) -> jax.Array:
     Nodes are its last axes; a stack stands before them (positions) or leads (batch).
     """
     stack, nodes = factor.shape[: factor.ndim - node_ndim], factor.shape[factor.ndim - node_ndim :]
+    if factor.size == 1 and not z.ndim:  # one node, without an axis of its own
+        return factor.reshape(())
     if z.shape[z.ndim - factor.ndim :] == factor.shape:
         shape = factor.shape
     elif z.shape[: len(stack)] + z.shape[z.ndim - node_ndim :] == factor.shape:
@@ -84,8 +66,7 @@ def modulate_error(
     see the modulated error. The value is `z` itself, bit for bit; forward mode and
     higher derivatives work.
 
-    Use it *instead of* :func:`scale_by_grapes` for the same layer: with both, the
-    factor acts twice.
+    Choose one form for a layer: with :func:`scale_by_grapes` as well, its factor acts twice.
 
     Args:
       z: pre-activation; its last axes are the nodes.

@@ -11,21 +11,10 @@ import optax
 
 from grapes_optax._importance import Axes, Control, Normalization, Options, layer_factor, scale
 from grapes_optax._layers import Member, resolve_layers
-from grapes_optax._modulation import is_propagated
-from grapes_optax._tree import leaves_where, path_names, path_string, tree_leaves
-
-
-def _check_form(member: Member, propagated: bool) -> None:
-    if propagated:
-        raise ValueError(
-            f"{path_string(member.path)} has propagated GRAPES already: with scale_by_grapes its"
-            " factor would act twice. Use one of the two forms."
-        )
+from grapes_optax._tree import path_names, path_string, tree_leaves
 
 
 def _check(update: Any, member: Member) -> None:
-    path = member.path[1:] if member.path[:1] == ("params",) else member.path
-    _check_form(member, is_propagated(path_string(path)))
     if np.shape(update) != np.shape(member.array):
         raise ValueError(
             f"The update of {path_string(member.path)} has shape {np.shape(update)}, the parameter"
@@ -52,9 +41,8 @@ def scale_by_grapes(
     of its kernel. The factor is read from the parameters at every step: there is no
     state. Which leaves are modulated, and how, :func:`summary` shows.
 
-    Do not use it on layers that have the propagated form (:func:`modulate_error`,
-    ``grapes_optax.linen.propagated``, ``grapes_optax.nnx.propagated``): the factor would
-    act twice.
+    Choose one form for a layer: with the propagated form as well (:func:`modulate_error`,
+    ``grapes_optax.linen.propagated`` and its kin), its factor acts twice.
 
     The output layer is not modulated in the paper. A parameter tree does not tell
     which layer that is: exclude it with ``weight_dimension_numbers=by_path(where=...)``.
@@ -111,14 +99,6 @@ def scale_by_grapes(
     """
     options = Options(gain, bounds, normalization, control).checked()
 
-    def init_fn(params):
-        marked = leaves_where(params, lambda node: hasattr(node, "grapes_propagated"))
-        if marked:
-            for layer in resolve_layers(params, weight_dimension_numbers):
-                for member in layer.kernels:
-                    _check_form(member, member.path in marked)
-        return optax.EmptyState()
-
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
         if params is None:
@@ -141,7 +121,7 @@ def scale_by_grapes(
 
         return jax.tree_util.tree_map_with_path(modulate, updates), state
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update_fn)
 
 
 def scale_by_outgoing_importance(
