@@ -247,7 +247,7 @@ class Call:
             terms.append(modulate(replaced(back, _halves(x, carry, stop_carry=True))))
         if carry:
             terms.append(replaced(back, _halves(x, carry, stop_carry=False)))
-        if aligned and aligned.rule == "kolen_pollack":
+        if feedback is not None and aligned.rule == "kolen_pollack":
             terms.append(modulate(replaced(feedback.astype(seen.kernel.dtype), stop(x))))
         return add_tangents(*terms)
 
