@@ -393,7 +393,8 @@ def _of_input(seen: Seen, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def _near(path: str, others: Any) -> str:
-    close = difflib.get_close_matches(path, list(others), 1, 0.5)
+    nested = [o for o in others if f"/{path}".endswith(f"/{o}") or f"/{o}".endswith(f"/{path}")]
+    close = nested or difflib.get_close_matches(path, list(others), 1, 0.5)
     return f" (did you mean {close[0]}?)" if close else ""
 
 

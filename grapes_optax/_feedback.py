@@ -89,20 +89,20 @@ def alignment(first: Any, second: Any) -> dict[str, Alignment]:
       >>> print("{:.1f} degrees, {:.3f}".format(*result["w"]))
       45.0 degrees, 1.414
     """
-    others = {leaf.path: leaf.array for leaf in tree_leaves(second)}
+    others = {path_string(leaf.path): leaf.array for leaf in tree_leaves(second)}
     result = {}
-    for path, a, _ in tree_leaves(first):
+    for leaf in tree_leaves(first):
+        path, a = path_string(leaf.path), leaf.array
         if path not in others or jnp.shape(others[path]) != jnp.shape(a):
             raise ValueError(
-                f"alignment: the second tree has no leaf {path_string(path)} of shape"
-                f" {jnp.shape(a)}."
+                f"alignment: the second tree has no leaf {path} of shape {jnp.shape(a)}."
             )
-        b = others[path]
+        a, b = jnp.asarray(a), jnp.asarray(others[path])
         wide = jnp.promote_types(jnp.promote_types(a.dtype, b.dtype), jnp.float32)
         a, b = jnp.ravel(a).astype(wide), jnp.ravel(b).astype(wide)
         lengths = jnp.linalg.norm(a), jnp.linalg.norm(b)
         u, v = a / lengths[0], b / lengths[1]
         # Exact for small angles too, where the arc cosine is not.
         angle = 2 * jnp.arctan2(jnp.linalg.norm(u - v), jnp.linalg.norm(u + v))
-        result[path_string(path)] = Alignment(jnp.degrees(angle), lengths[0] / lengths[1])
+        result[path] = Alignment(jnp.degrees(angle), lengths[0] / lengths[1])
     return result
