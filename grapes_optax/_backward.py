@@ -81,6 +81,9 @@ def _selects(rule: Rule, path: str) -> bool:
 
 # What is a layer.
 
+# Another way than to register a class, where there is one.
+INSTEAD = {"DenseParams": "use LSTMCell, which gives the values of OptimizedLSTMCell"}
+
 
 def _leaves_alone(cls: type, base: type) -> bool:
     """Whether a subclass overrides nothing that a layer does, but what makes one."""
@@ -399,15 +402,21 @@ def _near(path: str, others: Any) -> str:
 
 
 def _by_hand(path: str, cls: type, rule: Rule) -> str:
-    ways = "exclude it with `where`; or, if it is bilinear in this kernel and its input, register"
-    ways += f" the class, layers={{{cls.__name__}: DimensionNumbers(...)}}"
-    if isinstance(rule, Propagated):
-        ways += (
-            "; or call grapes_optax.modulate_error in it; or use the local form, scale_by_grapes"
+    ways = ["exclude it with `where`"]
+    if cls.__name__ in INSTEAD:
+        ways.append(INSTEAD[cls.__name__])
+    else:
+        ways.append(
+            "register the class, if it is bilinear in this kernel and its input, as"
+            f" layers={{{cls.__name__}: DimensionNumbers(...)}}"
         )
+        if isinstance(rule, Propagated):
+            ways.append("call grapes_optax.modulate_error in it")
+    if isinstance(rule, Propagated):
+        ways.append("use the local form, grapes_optax.scale_by_grapes")
     return (
         f"{path}: {cls.__name__} is no layer that the rule knows, and may multiply by hand or do"
-        f" more than that with its kernel. Ways out: {ways}."
+        f" more than that with its kernel. Ways out: {'; '.join(ways)}."
     )
 
 
