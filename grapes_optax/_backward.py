@@ -210,7 +210,7 @@ class Call:
             numbers: Any = self.layers[base]
             ndim = leaves[names[0]].ndim
             return names[0], numbers(module, ndim) if callable(numbers) else numbers
-        for name in names:
+        for name in names or ["kernel"] * (base is not None):
             full = path_string((*path, name))
             for rule in (rule for call in self._chain() for rule in call.rules):
                 if _selects(rule, full):

@@ -86,6 +86,12 @@ def _own(module: Any) -> dict[str, Any]:
     return {name: leaf for name, leaf in vars(module).items() if name != "grapes_hook"}
 
 
+def _order(item: tuple[str, Any]) -> tuple[int, str]:
+    """The order of nnx, in which the first path is that of a shared module."""
+    name, _ = item
+    return (int(name), "") if name.isdigit() else (-1, name)
+
+
 def _copy(module: Any) -> Any:
     other = object.__new__(type(module))
     vars(other).update(vars(module))
@@ -127,7 +133,7 @@ class _Copies:
             self.modules[id(x)] = self._copied(x, path)
             original, other, before = self.modules[id(x)]
             self.originals[id(other)] = original
-            for name, value in _own(x).items():
+            for name, value in sorted(_own(x).items(), key=_order):
                 before[name] = vars(other)[name] = self.of(value, (*path, name))
         return self.modules[id(x)][1]
 
@@ -135,14 +141,12 @@ class _Copies:
         other, hook = copy.copy(x), _Hook(self.call, path)
         if hasattr(x, "grapes_hook"):  # a copy for another rule's call, around this one
             vars(other)["grapes_hook"] = hook
-        elif self.call.base(type(x)):
+        elif self.call.kernel(x, type(x), path, _variables(x)):
             other.__class__ = _subclass(type(x), _call_layer)
             vars(other)["grapes_hook"] = hook
         elif isinstance(x, nnx.RNNCellBase):
             other.__class__ = _subclass(type(x), _call_cell)
             vars(other)["grapes_hook"] = hook
-        else:
-            self.call.kernel(x, type(x), path, _variables(x))
         return x, other, dict(vars(other))
 
     def restored(self, x: Any) -> Any:
