@@ -12,14 +12,23 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from grapes_optax._backward import Call, Forward, Framework, Seen, all_but
 from grapes_optax._backward import init_feedback as init_feedback
 from grapes_optax._importance import DimensionNumbers
+from grapes_optax._spiking import Carry, check_units, spike, step
 from grapes_optax._tree import Path, path_names
 
-__all__ = ["direct_feedback_alignment", "feedback_alignment", "init_feedback", "propagated"]
+__all__ = [
+    "SNU",
+    "SoftSNU",
+    "direct_feedback_alignment",
+    "feedback_alignment",
+    "init_feedback",
+    "propagated",
+]
 
 
 def _linear_general(layer: Any, ndim: int) -> DimensionNumbers:
@@ -182,3 +191,131 @@ _FRAMEWORK = Framework(_see, _LAYERS, nnx.eval_shape, whole=(nnx.Pytree, nnx.Var
 propagated = _FRAMEWORK.propagated
 feedback_alignment = _FRAMEWORK.feedback_alignment
 direct_feedback_alignment = _FRAMEWORK.direct_feedback_alignment
+
+
+# Spiking neural units.
+
+_GLOROT = nnx.initializers.glorot_uniform()
+_THRESHOLD = nnx.initializers.constant(-1.0)
+
+
+class SNU(nnx.RNNCellBase):
+    r"""Spiking neural unit: a leaky integrator that is reset by its own spike.
+
+    .. math::
+      s_t = g(x_t W + y_{t-1} H + d \, s_{t-1} (1 - y_{t-1})), \qquad y_t = h(s_t + b)
+
+    To be driven by ``nnx.RNN``; otherwise as ``grapes_optax.linen.SNU``, with the same
+    parameters at the same paths.
+
+    Args:
+      in_features: number of inputs.
+      hidden_features: number of units.
+      rngs: draws the parameters.
+      recurrent: whether there is H.
+      decay: d, what is left of the potential after a step.
+      activation: g; the authors also use a leaky ReLU.
+      output: h; ``None`` is the step :func:`grapes_optax.spiking.spike`.
+      kernel_init: of W.
+      recurrent_kernel_init: of H.
+      bias_init: of b.
+      dtype: type of the computation; ``None`` infers it from inputs and parameters.
+      param_dtype: type of the parameters.
+
+    Returns:
+      A cell: ``((s, y), x) -> ((s, y), y)`` with x of shape (..., inputs) and s and y of
+      shape (..., units).
+
+    Raises:
+      ValueError: if there are no units.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from grapes_optax.nnx import SNU
+      >>> layer = nnx.RNN(SNU(4, 8, rngs=nnx.Rngs(0)))
+      >>> layer(jnp.ones((2, 20, 4))).mean(axis=1).shape  # rates, over 20 steps
+      (2, 8)
+
+    References:
+      Woźniak et al., `Deep learning incorporating biologically inspired neural dynamics and
+      in-memory computing <https://doi.org/10.1038/s42256-020-0187-0>`_, 2020
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int,
+        *,
+        rngs: nnx.Rngs,
+        recurrent: bool = True,
+        decay: float = 0.8,
+        activation: Callable[[jax.Array], jax.Array] = jax.nn.relu,
+        output: Callable[[jax.Array], jax.Array] | None = None,
+        kernel_init: nnx.Initializer = _GLOROT,
+        recurrent_kernel_init: nnx.Initializer = _GLOROT,
+        bias_init: nnx.Initializer = _THRESHOLD,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+    ) -> None:
+        check_units(hidden_features)
+        types = {"use_bias": False, "dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        units = hidden_features
+        self.i = nnx.Linear(in_features, units, kernel_init=kernel_init, **types)
+        carry = functools.partial(nnx.Linear, units, kernel_init=recurrent_kernel_init, **types)
+        self.h = carry(units) if recurrent else None
+        self.bias = nnx.Param(bias_init(rngs.params(), (units,), param_dtype))
+        self.decay, self.activation, self.output = decay, activation, output or self.default_output
+        self.hidden_features, self.carry_dtype = hidden_features, dtype or param_dtype
+
+    @staticmethod
+    def default_output(z: jax.Array) -> jax.Array:
+        """The step."""
+        return spike(z)
+
+    def __call__(self, carry: Carry, inputs: jax.Array) -> tuple[Carry, jax.Array]:
+        """One step of time."""
+        z = self.i(inputs) if self.h is None else self.i(inputs) + self.h(carry[1])
+        return step(carry, z, self.bias[...], self.decay, self.activation, self.output)
+
+    def initialize_carry(
+        self, input_shape: tuple[int, ...], rngs: Any = None, carry_init: Any = None
+    ) -> Carry:
+        """At rest: no potential, and no spike before."""
+        del rngs, carry_init
+        rest = jnp.zeros((*input_shape[:-1], self.hidden_features), self.carry_dtype)
+        return rest, rest
+
+    @property
+    def num_feature_axes(self) -> int:
+        """Of the inputs of one step."""
+        return 1
+
+
+class SoftSNU(SNU):
+    r"""Soft spiking neural unit: an :class:`SNU` whose output is a sigmoid, and its reset partial.
+
+    .. math::
+      s_t = g(x_t W + y_{t-1} H + d \, s_{t-1} (1 - y_{t-1})), \qquad y_t = \sigma(s_t + b)
+
+    Args:
+      in_features: number of inputs.
+      hidden_features: number of units; the other arguments are those of :class:`SNU`.
+
+    Returns:
+      A cell, as :class:`SNU`.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from grapes_optax.nnx import SoftSNU
+      >>> layer = nnx.RNN(SoftSNU(4, 8, recurrent=False, rngs=nnx.Rngs(0)))
+      >>> layer(jnp.ones((2, 20, 4))).shape
+      (2, 20, 8)
+
+    References:
+      Woźniak et al., `Deep learning incorporating biologically inspired neural dynamics and
+      in-memory computing <https://doi.org/10.1038/s42256-020-0187-0>`_, 2020
+    """
+
+    default_output = staticmethod(jax.nn.sigmoid)
