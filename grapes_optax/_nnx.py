@@ -178,8 +178,10 @@ class _Copies:
 
 def _see(call: Call, forward: Forward, args: Any, kwargs: Any) -> Any:
     copies = _Copies(call)
-    called = copies.of(forward, ())
+    called: Any = copies.of(forward, ())
     args = [copies.of(arg, ()) for arg in args]
+    if args and hasattr(args[0], "grapes_hook") and called is _base(args[0]).__call__:
+        called = type(args[0]).__call__  # a layer by itself
     kwargs = {name: copies.of(arg, ()) for name, arg in kwargs.items()}
     try:
         return copies.restored(called(*args, **kwargs))
