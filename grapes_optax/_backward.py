@@ -200,7 +200,7 @@ class Call:
 
     def kernel(
         self, module: Any, cls: type, path: Path, leaves: Mapping[str, Any]
-    ) -> tuple[str, DimensionNumbers] | None:
+    ) -> tuple[str, Any] | None:
         """Name and axes of the kernel of a layer: of a module of this class with these leaves.
 
         None for a module that is no layer; raises if it holds a kernel that a rule selects.
@@ -330,9 +330,7 @@ class Call:
 
     def _tap(self, out: Any) -> Any:
         """The cotangent of the logits reaches every input through its feedback weights."""
-        logits: Any = out
-        while isinstance(logits, tuple | list) and logits:
-            logits = logits[0]
+        logits: Any = _first(out)
         if not getattr(logits, "ndim", 0):
             raise ValueError(
                 "Direct feedback alignment taps the logits: the forward function must return one"
@@ -361,11 +359,15 @@ class Call:
         vars(self).update(feedback={}, taps=[], holders=[], outer=None)
 
 
+def _first(out: Any) -> Any:
+    return _first(out[0]) if isinstance(out, tuple | list) and out else out
+
+
 def _halves(x: jax.Array, carry: int, *, stop_carry: bool) -> jax.Array:
     """An input whose carry, or all but its carry, is constant."""
-    stop, rest = jax.lax.stop_gradient, x.shape[-1] - carry
-    if not rest or not carry:
+    if carry in (0, *x.shape[-1:]):
         return x
+    stop, rest = jax.lax.stop_gradient, x.shape[-1] - carry
     inputs, state = jnp.split(x, [rest], axis=-1)
     return jnp.concatenate([inputs, stop(state)] if stop_carry else [stop(inputs), state], -1)
 

@@ -320,4 +320,7 @@ class SoftSNU(SNU):
       in-memory computing <https://doi.org/10.1038/s42256-020-0187-0>`_, 2020
     """
 
-    default_output = staticmethod(jax.nn.sigmoid)
+    @staticmethod
+    def default_output(z: jax.Array) -> jax.Array:
+        """The sigmoid."""
+        return jax.nn.sigmoid(z)
