@@ -54,25 +54,19 @@ def all_but(output: int) -> Callable[[Any, int], DimensionNumbers]:
 # The rules.
 
 
-class Propagated(NamedTuple):
+def _items(layers: Layers | None) -> tuple[tuple[type, Numbers], ...]:
+    return tuple((layers or {}).items())  # with a hash, as the rule needs it
+
+
+class Rule(NamedTuple):
+    """One of the three rules, with what the user says of it."""
+
+    kind: str
     where: Where
     layers: tuple[tuple[type, Numbers], ...]
-    through_time: bool
-    options: Options
-
-
-class Aligned(NamedTuple):
-    where: Where
-    layers: tuple[tuple[type, Numbers], ...]
-    rule: str
-
-
-class Direct(NamedTuple):
-    where: Where
-    layers: tuple[tuple[type, Numbers], ...]
-
-
-Rule = Propagated | Aligned | Direct
+    options: Options = Options()
+    through_time: bool = False
+    back: str = ""  # name of the kernel that carries errors back
 
 
 def _selects(rule: Rule, path: str) -> bool:
@@ -123,14 +117,6 @@ class Seen(NamedTuple):
     trailing: int = 0  # axes of the pre-activation behind those of the nodes
 
 
-class _Drawn(NamedTuple):
-    """What the feedback weights of a layer are drawn for."""
-
-    shape: tuple[int, ...]
-    axes: Axes
-    dtype: Any
-
-
 # One call of a transformed function. Its cells of state are those of this call alone: JAX's
 # context says which call is in flight, for a transformed function that is called by another,
 # and keeps what functions that are jitted within the forward function trace under the rule
@@ -147,7 +133,8 @@ class Call:
         outer = self.outer.layers if self.outer else {}
         self.layers = {**layers, **outer, **{c: n for rule in rules for c, n in rule.layers}}
         self.feedback = {path_string(leaf.path): leaf.array for leaf in tree_leaves(feedback)}
-        self.drawn: dict[str, _Drawn | None] | None = {} if draws else None
+        # Shape, axes and type of what is to be drawn, or None for a layer without.
+        self.drawn: dict[str, tuple[Any, Axes, Any] | None] | None = {} if draws else None
         self.trace = get_opaque_trace_state()
         self.reached: list[str] = []
         self.holders: list[Any] = []  # recurrent cells that are being called
@@ -183,11 +170,11 @@ class Call:
             yield call
             call = call.outer
 
-    def _rule(self, kind: type, path: str) -> tuple[Any, "Call"]:
+    def _rule(self, kind: str, path: str) -> tuple[Any, "Call"]:
         """The rule of this kind that was applied last, and its call."""
         for call in self._chain():
             for rule in call.rules:
-                if isinstance(rule, kind) and _selects(rule, path):
+                if rule.kind == kind and _selects(rule, path):
                     return rule, call
         return None, self
 
@@ -224,8 +211,8 @@ class Call:
         x, call, replaced = _of_input(seen, args, kwargs)
         for chained in self._chain():
             chained.reached.append(path)
-        aligned, owner = self._rule(Aligned, path)
-        direct, tapped = self._rule(Direct, path)
+        aligned, owner = self._rule("aligned", path)
+        direct, tapped = self._rule("direct", path)
         if aligned and direct:
             raise ValueError(
                 f"{path} is selected for feedback alignment and for direct feedback alignment:"
@@ -234,10 +221,10 @@ class Call:
         back: Any = seen.kernel
         feedback: Any = None
         if aligned and owner.drawn is not None:
-            owner.drawn[path] = _Drawn(seen.kernel.shape, axes, seen.kernel.dtype)
+            owner.drawn[path] = seen.kernel.shape, axes, seen.kernel.dtype
         elif aligned:
             feedback = owner.weights(path, seen.kernel.shape)
-            back = BACKWARD_KERNELS[aligned.rule](seen.kernel, feedback).astype(seen.kernel.dtype)
+            back = BACKWARD_KERNELS[aligned.back](seen.kernel, feedback).astype(seen.kernel.dtype)
         if direct:
             x = tapped.cut(path, x, seen.kernel.dtype)
         features = x.shape[-1] if x.ndim else 1
@@ -250,7 +237,7 @@ class Call:
             terms.append(modulate(replaced(back, _halves(x, carry, stop_carry=True))))
         if carry:
             terms.append(replaced(back, _halves(x, carry, stop_carry=False)))
-        if feedback is not None and aligned.rule == "kolen_pollack":
+        if feedback is not None and aligned.back == "kolen_pollack":
             terms.append(modulate(replaced(feedback.astype(seen.kernel.dtype), stop(x))))
         return add_tangents(*terms)
 
@@ -258,7 +245,7 @@ class Call:
         self, seen: Seen, axes: Axes, path: str, features: int
     ) -> tuple[Callable[[jax.Array], jax.Array], int]:
         """What multiplies errors at the pre-activation, and how many inputs see them as before."""
-        rule, _ = self._rule(Propagated, path)
+        rule, _ = self._rule("propagated", path)
         if rule is None:
             return lambda z: z, 0
         cell = cells_of({p: kernel.shape for p, kernel in seen.cell.items()}).get(seen.path)
@@ -347,7 +334,7 @@ class Call:
             flat = x.reshape(*batch, -1).astype(logits.dtype)
             shape = (flat.shape[-1], logits.shape[-1])
             if self.drawn is not None:
-                self.drawn[path] = _Drawn(shape, Axes((0,), (1,), ()), dtype)
+                self.drawn[path] = shape, Axes((0,), (1,), ()), dtype
             else:
                 weights = jax.lax.stop_gradient(self.weights(path, shape))
                 terms.append(flat @ weights.astype(logits.dtype))
@@ -412,9 +399,9 @@ def _by_hand(path: str, cls: type, rule: Rule) -> str:
             "register the class, if it is bilinear in this kernel and its input, as"
             f" layers={{{cls.__name__}: DimensionNumbers(...)}}"
         )
-        if isinstance(rule, Propagated):
+        if rule.kind == "propagated":
             ways.append("call grapes_optax.modulate_error in it")
-    if isinstance(rule, Propagated):
+    if rule.kind == "propagated":
         ways.append("use the local form, grapes_optax.scale_by_grapes")
     return (
         f"{path}: {cls.__name__} is no layer that the rule knows, and may multiply by hand or do"
@@ -516,7 +503,7 @@ class Framework(NamedTuple):
           <https://doi.org/10.1038/s41467-022-29491-2>`_, 2022
         """
         options = Options(gain, bounds, normalization, control).checked()
-        rule = Propagated(where, tuple((layers or {}).items()), through_time, options)
+        rule = Rule("propagated", where, _items(layers), options, through_time)
         return _transformed(self, forward, rule)
 
     def feedback_alignment(
@@ -596,7 +583,7 @@ class Framework(NamedTuple):
             )
         if rule not in BACKWARD_KERNELS:
             raise ValueError(f"Unknown rule {rule!r}: choose one of {list(BACKWARD_KERNELS)}.")
-        return _transformed(self, forward, Aligned(where, tuple((layers or {}).items()), rule))
+        return _transformed(self, forward, Rule("aligned", where, _items(layers), back=rule))
 
     def direct_feedback_alignment(
         self, forward: Forward, where: Where = None, *, layers: Layers | None = None
@@ -643,7 +630,7 @@ class Framework(NamedTuple):
           Nøkland, `Direct feedback alignment provides learning in deep neural networks
           <https://arxiv.org/abs/1609.01596>`_, 2016
         """
-        return _transformed(self, forward, Direct(where, tuple((layers or {}).items())))
+        return _transformed(self, forward, Rule("direct", where, _items(layers)))
 
 
 class Transformed:
@@ -653,10 +640,13 @@ class Transformed:
         functools.update_wrapper(self, forward, updated=())
         self.framework, self.forward, self.rules = framework, forward, rules
 
+    @property
+    def reads_feedback(self) -> bool:
+        return any(rule.kind != "propagated" for rule in self.rules)
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The value of the forward function."""
-        reads = any(isinstance(rule, Aligned | Direct) for rule in self.rules)
-        return self.run(args, kwargs, kwargs.pop("feedback", {}) if reads else {})
+        return self.run(args, kwargs, kwargs.pop("feedback", {}) if self.reads_feedback else {})
 
     def run(self, args: Any, kwargs: Any, feedback: Any, drawn: Any = None) -> Any:
         call = Call(self.rules, self.framework.layers, feedback, drawn is not None)
@@ -678,9 +668,10 @@ def _transformed(framework: Framework, forward: Forward, rule: Rule) -> Transfor
         )
     if rule.where is not None and not callable(rule.where):
         raise TypeError(f"`where` must be a function of a path, or None; got {rule.where!r}.")
+    rules = (rule,)
     if isinstance(forward, Transformed) and forward.framework is framework:
-        return Transformed(framework, forward.forward, (rule, *forward.rules))
-    return Transformed(framework, forward, (rule,))
+        forward, rules = forward.forward, rules + forward.rules
+    return Transformed(framework, forward, rules)
 
 
 def init_feedback(
@@ -722,9 +713,7 @@ def init_feedback(
       {'layers_0/kernel': (4, 8), 'layers_2/kernel': (8, 3)}
       {'layers_2/kernel': (8, 3)}
     """
-    if not isinstance(forward, Transformed) or not any(
-        isinstance(rule, Aligned | Direct) for rule in forward.rules
-    ):
+    if not isinstance(forward, Transformed) or not forward.reads_feedback:
         raise TypeError(
             "init_feedback(key, forward, *args) draws for a function made by feedback_alignment or"
             f" direct_feedback_alignment, not {forward!r}."
@@ -749,11 +738,12 @@ def init_feedback(
     for number, (path, one) in enumerate(drawn.items()):
         if one is None:
             continue
-        order = one.axes.reduction + one.axes.kept
-        sizes = [one.shape[axis] for axis in order]
-        fan_in = math.prod(one.shape[axis] for axis in one.axes.reduction)
+        shape, axes, dtype = one
+        order = axes.reduction + axes.kept
+        sizes = [shape[axis] for axis in order]
+        fan_in = math.prod(shape[axis] for axis in axes.reduction)
         keyed = jax.random.fold_in(key, number)
-        matrix = initializer(keyed, (fan_in, math.prod(sizes) // fan_in), one.dtype)
+        matrix = initializer(keyed, (fan_in, math.prod(sizes) // fan_in), dtype)
         places = [order.index(axis) for axis in range(len(order))]
         feedback[path] = jnp.transpose(matrix.reshape(sizes), places)
     return feedback

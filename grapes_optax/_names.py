@@ -17,11 +17,6 @@ from grapes_optax._tree import Leaf, Path, path_names, path_string, tree_leaves
 Leaves = Mapping[Path, Leaf]
 
 
-def kernel_paths(params: Any) -> list[Path]:
-    """Paths of all leaves that bear the name of a kernel and may be one."""
-    return [leaf.path for leaf in tree_leaves(params) if _has_name_of_kernel(leaf)]
-
-
 def _has_name_of_kernel(leaf: Leaf) -> bool:
     return leaf.may_be_kernel and bool(leaf.path) and leaf.path[-1] in BIASES
 
