@@ -5,7 +5,6 @@ and whose layers have a class of their own. What the call assigns to a copy goes
 itself; the model that others see is never touched in between.
 """
 
-import copy
 import functools
 import types
 from collections.abc import Callable
@@ -147,15 +146,17 @@ class _Copies:
         return self.modules[id(x)][1]
 
     def _copied(self, x: Any, path: Path) -> tuple[Any, Any, dict[str, Any]]:
-        other, hook = copy.copy(x), _Hook(self.call, path)
-        if hasattr(x, "grapes_hook"):  # a copy for another rule's call, around this one
-            vars(other)["grapes_hook"] = hook
-        elif self.call.kernel(x, type(x), path, _variables(x)):
-            other.__class__ = _subclass(type(x), _call_layer)
-            vars(other)["grapes_hook"] = hook
+        cls, hook = type(x), {"grapes_hook": _Hook(self.call, path)}
+        if hasattr(x, "grapes_hook"):
+            pass  # a copy for another rule's call, around this one
+        elif self.call.kernel(x, cls, path, _variables(x)):
+            cls = _subclass(cls, _call_layer)
         elif isinstance(x, nnx.RNNCellBase):
-            other.__class__ = _subclass(type(x), _call_cell)
-            vars(other)["grapes_hook"] = hook
+            cls = _subclass(cls, _call_cell)
+        else:
+            hook = {}
+        other = object.__new__(cls)
+        vars(other).update(vars(x) | hook)
         return x, other, dict(vars(other))
 
     def restored(self, x: Any) -> Any:
