@@ -1,8 +1,7 @@
 """What another backward pass costs: a training step of an MLP and of a small conv net."""
 
 import argparse
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -55,38 +54,27 @@ def hidden(path: str) -> bool:
 # Methods.
 
 
-class Feedback(NamedTuple):
-    aligned: Any
-    direct: Any
-
-
 class Method(NamedTuple):
-    """A backward pass, as a context that may read feedback weights, and an optimizer."""
+    """What makes a learning rule of a forward function, and an optimizer."""
 
-    context: Callable[[Feedback], contextlib.AbstractContextManager[Any]]
+    rule: Callable[[Callable[..., Any]], Callable[..., Any]]
     tx: optax.GradientTransformation = optax.sgd(RATE)
+    feedback: bool = False  # whether the rule has feedback weights
 
 
-def unchanged(feedback: Feedback) -> contextlib.AbstractContextManager[Any]:
-    del feedback
-    return contextlib.nullcontext()
-
-
-@contextlib.contextmanager
-def aligned_propagated(feedback: Feedback) -> Iterator[None]:
-    with feedback_alignment(feedback.aligned), propagated(hidden):
-        yield
+def unchanged(forward: Callable[..., Any]) -> Callable[..., Any]:
+    return forward
 
 
 # The first row is the unit of everything.
 METHODS = {
     "backpropagation": Method(unchanged),
-    "propagated GRAPES": Method(lambda feedback: propagated(hidden)),
-    "feedback alignment (FA)": Method(lambda feedback: feedback_alignment(feedback.aligned)),
-    "FA + propagated GRAPES": Method(aligned_propagated),
-    "direct feedback alignment": Method(
-        lambda feedback: direct_feedback_alignment(feedback.direct)
+    "propagated GRAPES": Method(lambda forward: propagated(forward, hidden)),
+    "feedback alignment (FA)": Method(feedback_alignment, feedback=True),
+    "FA + propagated GRAPES": Method(
+        lambda forward: propagated(feedback_alignment(forward), hidden), feedback=True
     ),
+    "direct feedback alignment": Method(direct_feedback_alignment, feedback=True),
     "local GRAPES": Method(
         unchanged, optax.chain(scale_by_grapes(by_path(where=hidden)), optax.sgd(RATE))
     ),
@@ -105,25 +93,22 @@ class Run:
         x = rng.standard_normal(shape, np.float32)
         self.variables = model.init(jax.random.key(0), x)
         self.state = method.tx.init(self.variables)
-        aligned, direct = (
-            init_feedback(jax.random.key(1), model, self.variables, x, direct=direct)
-            for direct in (False, True)
-        )
+        forward: Any = method.rule(model.apply)
+        feedback = {}
+        if method.feedback:
+            feedback["feedback"] = init_feedback(jax.random.key(1), forward, self.variables, x)
         # Arguments of the step, not constants of it: as constants, feedback weights could be
         # transposed at compile time.
-        self.data = jax.device_put(
-            (x, rng.integers(CLASSES, size=len(x)), Feedback(aligned, direct))
-        )
+        self.data = jax.device_put((x, rng.integers(CLASSES, size=len(x)), feedback))
 
         def step(variables: Any, state: Any, data: Any) -> tuple[Any, Any]:
             x, labels, feedback = data
 
             def loss(variables: Any) -> jax.Array:
-                logits: Any = model.apply(variables, x)
+                logits = forward(variables, x, **feedback)
                 return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
-            with method.context(feedback):
-                grads = jax.grad(loss)(variables)
+            grads = jax.grad(loss)(variables)
             updates, state = method.tx.update(grads, state, variables)
             return optax.apply_updates(variables, updates), state
 

@@ -49,19 +49,17 @@ def methods(rate: float) -> dict[str, Method]:
         return grapes_optax.grapes_sgd(rate, weight_dimension_numbers=description, **options)
 
     def propagated(**options):
-        return Method(sgd, lambda feedback: [grapes.propagated(hidden, **options)])
+        return Method(sgd, lambda forward: grapes.propagated(forward, hidden, **options))
 
     def aligned(**options):
-        def contexts(feedback):
-            modulation = [grapes.propagated(hidden, **options)] if options else []
-            return [grapes.feedback_alignment(feedback), *modulation]
+        def rule(forward):
+            forward = grapes.feedback_alignment(forward)
+            return grapes.propagated(forward, hidden, **options) if options else forward
 
-        return Method(sgd, contexts, direct=False)
+        return Method(sgd, rule, feedback=True)
 
     def direct(optimizer):
-        return Method(
-            optimizer, lambda feedback: [grapes.direct_feedback_alignment(feedback)], direct=True
-        )
+        return Method(optimizer, grapes.direct_feedback_alignment, feedback=True)
 
     return {
         "BP: plain": Method(sgd),

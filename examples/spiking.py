@@ -11,7 +11,8 @@ import optax
 from examples import training
 from examples.training import Array, Method, hidden
 from grapes_optax import linen as grapes
-from grapes_optax.spiking import SNU, SoftSNU, rate_code
+from grapes_optax.linen import SNU, SoftSNU
+from grapes_optax.spiking import rate_code
 
 NETWORKS = {
     "SNU": (SNU, False),
@@ -41,10 +42,10 @@ def spikes(key: Array, images: Array, rate: float = 1.0) -> Array:
 
 
 def methods(optimizer: optax.GradientTransformation, recurrent: bool) -> dict[str, Method]:
-    def contexts(feedback):
-        return [grapes.propagated(hidden, through_time=True)]
+    def rule(forward):
+        return grapes.propagated(forward, hidden, through_time=True)
 
-    compounding = {THROUGH_TIME: Method(optimizer, contexts)} if recurrent else {}
+    compounding = {THROUGH_TIME: Method(optimizer, rule)} if recurrent else {}
     return training.methods(optimizer) | compounding
 
 

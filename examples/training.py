@@ -5,7 +5,6 @@ contender of an example, prints the table and draws the picture.
 """
 
 import argparse
-import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -36,11 +35,11 @@ Prepare = Callable[[Array, Array], Array]
 
 
 class Method(NamedTuple):
-    """An optimizer, and contexts of the backward pass that may use feedback weights."""
+    """An optimizer, and what makes a learning rule of a forward function."""
 
     optimizer: optax.GradientTransformation
-    contexts: Callable[[Any], list] = lambda feedback: []
-    direct: bool | None = None  # feedback weights: None for none, True from the logits (DFA)
+    rule: Callable[[Callable], Callable] = lambda forward: forward
+    feedback: bool = False  # whether the rule has feedback weights
 
 
 class State(NamedTuple):
@@ -64,12 +63,11 @@ def hidden(path: str) -> bool:
     return "output" not in path
 
 
-# Feedback weights of a learning rule: the context that uses them, and whether they come straight
-# from the logits.
-RULES: dict[str, tuple[Any, bool | None]] = {
-    "BP": (None, None),
-    "FA": (grapes.feedback_alignment, False),
-    "DFA": (grapes.direct_feedback_alignment, True),
+# Learning rules with feedback weights, as transformations of the forward function.
+RULES: dict[str, Any] = {
+    "BP": None,
+    "FA": grapes.feedback_alignment,
+    "DFA": grapes.direct_feedback_alignment,
 }
 # GRAPES and its controls: the form, and the options of the factor.
 VARIANTS: dict[str, tuple[str | None, dict[str, Any]]] = {
@@ -102,12 +100,12 @@ def method(
     size of the gradient cancels it, unless the variant says otherwise. The propagated form can
     only act before the optimizer. The authors' form for DFA needs the paths of all kernels.
     """
-    align, direct = RULES[rule]
+    align = RULES[rule]
     form, options = VARIANTS[variant]
 
-    def contexts(feedback):
-        alignment = [] if align is None else [align(feedback)]
-        return alignment + [grapes.propagated(hidden, **options)] * (form == "propagated")
+    def transform(forward):
+        forward = forward if align is None else align(forward)
+        return grapes.propagated(forward, hidden, **options) if form == "propagated" else forward
 
     described = grapes_optax.by_path(where=hidden)
     chain = {
@@ -117,7 +115,7 @@ def method(
     }
     if form in chain:
         optimizer = optax.chain(*chain[form]())
-    return Method(optimizer, contexts, direct)
+    return Method(optimizer, transform, align is not None)
 
 
 def methods(optimizer: optax.GradientTransformation) -> dict[str, Method]:
@@ -163,11 +161,12 @@ def start(model: nn.Module, method: Method, keys: Array, example: Array) -> Stat
     """Draws the weights of all seeds: the first row of keys is for the forward ones."""
     params = initial_params(model, keys[0], example)
     state = State(params, jax.vmap(method.optimizer.init)(params))
-    if method.direct is None:
+    if not method.feedback:
         return state
+    forward: Any = method.rule(model.apply)
 
     def draw(key, params):
-        return grapes.init_feedback(key, model, params, example, direct=bool(method.direct))
+        return grapes.init_feedback(key, forward, params, example)
 
     return state._replace(feedback=jax.vmap(draw)(keys[1], params))
 
@@ -181,8 +180,11 @@ def epoch_of(
     mean loss of every seed.
     """
 
-    def loss(params, x, y, key):
-        logits: Any = model.apply(params, x, rngs={"dropout": key})
+    forward = method.rule(model.apply)
+
+    def loss(params, x, y, key, feedback):
+        given = {} if feedback is None else {"feedback": feedback}
+        logits: Any = forward(params, x, rngs={"dropout": key}, **given)
         return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
 
     @jax.jit
@@ -192,10 +194,8 @@ def epoch_of(
             params, optimizer = carry
             indices, key = chosen
             x, y = prepare(key, data.train_images[indices]), data.train_labels[indices]
-            with contextlib.ExitStack() as stack:
-                for context in method.contexts(state.feedback):
-                    stack.enter_context(context)
-                value, gradient = jax.value_and_grad(loss)(params, x, y, jax.random.fold_in(key, 1))
+            key = jax.random.fold_in(key, 1)
+            value, gradient = jax.value_and_grad(loss)(params, x, y, key, state.feedback)
             updates, optimizer = method.optimizer.update(gradient, optimizer, params)
             return (optax.apply_updates(params, updates), optimizer), value
 

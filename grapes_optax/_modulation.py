@@ -1,8 +1,6 @@
 """The propagated form: an identity whose derivative is multiplied by the factors."""
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from contextvars import ContextVar
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -21,23 +19,6 @@ from grapes_optax._importance import (
     scale,
 )
 
-# Which paths have the propagated form now, so that no factor acts twice.
-_PROPAGATED: ContextVar[tuple[Callable[[str], bool], ...]] = ContextVar("_PROPAGATED", default=())
-
-
-@contextlib.contextmanager
-def propagated_paths(where: Callable[[str], bool]) -> Iterator[None]:
-    """Declares that the kernels at such paths have the propagated form in this context."""
-    token = _PROPAGATED.set((*_PROPAGATED.get(), where))
-    try:
-        yield
-    finally:
-        _PROPAGATED.reset(token)
-
-
-def is_propagated(path: str) -> bool:
-    return any(where(path) for where in _PROPAGATED.get())
-
 
 @jax.custom_jvp
 def scale_tangent(x: jax.Array, factor: jax.Array) -> jax.Array:
@@ -52,21 +33,37 @@ def _(primals, tangents):
     return scale_tangent(x, factor), scale(tangents[0], factor)
 
 
-def align(factor: jax.Array, node_ndim: int, z: jax.Array) -> jax.Array:
+def align(
+    factor: jax.Array, node_ndim: int, z: jax.Array, leading: bool | None = None
+) -> jax.Array:
     """Puts a factor of shape stack + nodes in line with a pre-activation.
 
-    Nodes are its last axes; a stack stands before them (positions) or leads (batch).
+    Nodes are its last axes; a stack stands before them (positions) or leads (batch). Where sizes
+    are equal, the shapes leave that open: `leading` says it.
     """
     stack, nodes = factor.shape[: factor.ndim - node_ndim], factor.shape[factor.ndim - node_ndim :]
-    if z.shape[z.ndim - factor.ndim :] == factor.shape:
-        shape = factor.shape
-    elif z.shape[: len(stack)] + z.shape[z.ndim - node_ndim :] == factor.shape:
-        shape = stack + (1,) * (z.ndim - factor.ndim) + nodes
-    else:
+    if factor.size == 1 and not z.ndim:  # one node, without an axis of its own
+        return factor.reshape(())
+    lines = {
+        False: factor.shape,
+        True: stack + (1,) * (z.ndim - factor.ndim) + nodes,
+    }
+    fit = {
+        False: z.shape[z.ndim - factor.ndim :] == factor.shape,
+        True: z.shape[: len(stack)] + z.shape[z.ndim - node_ndim :] == factor.shape,
+    }
+    fitting = {lines[place] for place in fit if fit[place] and leading in (None, place)}
+    if not fitting:
         raise ValueError(
             f"The nodes of the kernel do not match the pre-activation: stack {stack} and nodes"
             f" {nodes} against the shape {z.shape}, whose last axes should be the nodes."
         )
+    if len(fitting) > 1 and stack:
+        raise ValueError(
+            f"z of shape {z.shape} may hold the stack {stack} in front or before its nodes, since"
+            " the sizes are equal: call modulate_error of one layer, under jax.vmap over the stack."
+        )
+    shape = min(fitting, key=len)
     return factor.reshape((1,) * (z.ndim - len(shape)) + shape)
 
 
@@ -88,8 +85,7 @@ def modulate_error(
     see the modulated error. The value is `z` itself, bit for bit; forward mode and
     higher derivatives work.
 
-    Use it *instead of* :func:`scale_by_grapes` for the same layer: with both, the
-    factor acts twice.
+    Choose one form for a layer: with :func:`scale_by_grapes` as well, its factor acts twice.
 
     Args:
       z: pre-activation; its last axes are the nodes.
@@ -147,17 +143,5 @@ def modulate_error(
     gates = [a.gates for a in axes]
     if any(count != gates[0] for count in gates):
         raise ValueError(f"Kernels summed into one z must have the same gates, got {gates}.")
-    nodes = len(shapes[0]) - len(axes[0].stack)
-    stack, further = shapes[0][: len(axes[0].stack)], z.ndim > len(shapes[0])
-    if (
-        stack
-        and further
-        and z.shape[-nodes - len(stack) :] == shapes[0]
-        and (z.shape[: len(stack)] == stack)
-    ):
-        raise ValueError(
-            f"z of shape {z.shape} may hold the stack {stack} in front or before its nodes, since"
-            " the sizes are equal: call modulate_error of one layer, under jax.vmap over the stack."
-        )
     factor = layer_factor(arrays, axes, options)
     return scale_tangent(z, align(factor, len(axes[0].output), z))

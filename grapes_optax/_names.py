@@ -49,11 +49,6 @@ class Reading(NamedTuple):
     reasons: dict[Path, str]  # why a leaf is left alone
 
 
-def kernel_paths(params: optax.Params) -> list[Path]:
-    """Paths of all leaves that bear the name of a kernel and may be one."""
-    return [leaf.path for leaf in tree_leaves(params) if _has_name_of_kernel(leaf)]
-
-
 def _has_name_of_kernel(leaf: Leaf) -> bool:
     return leaf.may_be_kernel and bool(leaf.path) and leaf.path[-1] in BIASES
 

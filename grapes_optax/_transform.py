@@ -54,9 +54,8 @@ def scale_by_grapes(
     of its kernel. The factor is read from the parameters at every step: there is no
     state. Which leaves are modulated, and how, :func:`summary` shows.
 
-    Do not use it on layers that have the propagated form (:func:`modulate_error`,
-    ``grapes_optax.linen.propagated``, ``grapes_optax.nnx.propagated``): the factor would
-    act twice.
+    Choose one form for a layer: with the propagated form as well (:func:`modulate_error`,
+    ``grapes_optax.linen.propagated`` and its kin), its factor acts twice.
 
     The output layer is not modulated in the paper. A parameter tree does not tell
     which layer that is: exclude it with ``weight_dimension_numbers=by_path(where=...)``.

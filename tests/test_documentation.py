@@ -1,5 +1,6 @@
 """What users read: code in the pages runs, every public name is there, nothing private is used."""
 
+import importlib
 import inspect
 import re
 from pathlib import Path
@@ -8,20 +9,19 @@ from typing import Any
 import pytest
 
 import grapes_optax
-import grapes_optax.linen
-import grapes_optax.nnx
-import grapes_optax.spiking
 from examples import digits
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+ADAPTERS = [
+    importlib.import_module(f"grapes_optax.{name}")
+    for name in ("linen", "nnx", "equinox", "haiku", "spiking")
+]
 PUBLIC = {
     f"{module.__name__}.{name}": thing
-    for module in (grapes_optax, grapes_optax.linen, grapes_optax.nnx, grapes_optax.spiking)
+    for module in (grapes_optax, *ADAPTERS)
     for name, thing in vars(module).items()
-    if getattr(thing, "__module__", "").startswith("grapes_optax")
-    and (module is grapes_optax or thing.__module__ == module.__name__)
-    and not name.startswith("_")
+    if not name.startswith("_") and (inspect.isclass(thing) or inspect.isroutine(thing))
 }
 
 
@@ -51,7 +51,7 @@ def test_every_public_name_is_documented():
 
 def test_types_of_the_public_interface_say_something():
     for name, thing in PUBLIC.items():
-        if inspect.isfunction(thing):
+        if inspect.isroutine(thing):
             signature = inspect.signature(thing)
             variadic = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
             types = {

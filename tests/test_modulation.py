@@ -121,6 +121,12 @@ def test_no_gradient_to_the_kernel():
         ),
         ((4, 7), [(5, 7)], {"weight_dimension_numbers": []}, "1 kernels have 0"),
         ((4, 7), [(7,)], {}, "A kernel has two axes or more"),
+        (
+            (3, 3, 7),
+            [(3, 5, 7)],
+            {"weight_dimension_numbers": DimensionNumbers(1, 2)},
+            r"may hold the stack \(3,\) in front or before its nodes",
+        ),
         ((4, 7), [(5, 7)], {"control": "x"}, "Unknown control"),
     ],
 )

@@ -96,8 +96,8 @@ def test_authors_set_up():
     np.testing.assert_allclose(
         np.asarray(dropped)[positive][kept], np.asarray(dense)[positive][kept] / 0.9, rtol=1e-6
     )
-    with method.contexts(None)[0]:
-        modulated = jax.grad(lambda p: model.apply(p, x[:4]).sum())(params)["params"]
+    forward = method.rule(model.apply)
+    modulated = jax.grad(lambda p: forward(p, x[:4]).sum())(params)["params"]
     plain = jax.grad(lambda p: model.apply(p, x[:4]).sum())(params)["params"]
     assert np.array_equal(modulated["output"]["kernel"], plain["output"]["kernel"])
     assert not np.allclose(modulated["Dense_1"]["kernel"], plain["Dense_1"]["kernel"])

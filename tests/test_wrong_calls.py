@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx as flax_nnx
 
 import grapes_optax as g
-from grapes_optax import DimensionNumbers
+from grapes_optax import DimensionNumbers, linen, nnx
 from grapes_optax.spiking import rate_code
 
 K = jnp.ones((4, 6))
@@ -83,7 +84,7 @@ TAKE_OPTIONS = {
 
 
 @pytest.mark.parametrize("name", TAKE_OPTIONS)
-@pytest.mark.parametrize(("options", "error", "phrase"), OPTIONS, ids=lambda x: str(x)[:40])
+@pytest.mark.parametrize(("options", "error", "phrase"), OPTIONS)
 def test_options(name, options, error, phrase):
     if name == "scale_by_outgoing_importance" and "control" in options:
         pytest.skip("has no control")
@@ -311,6 +312,26 @@ CALLS = {
         ValueError,
         "the second tree has no leaf a of shape (4, 6)",
     ),
+    **{
+        f"SNU of {name}, {options}": (
+            lambda make=make, options=options: make(**{"features": 3} | options),
+            ValueError,
+            phrase,
+        )
+        for name, make in {
+            "linen": lambda **options: linen.SNU(**options),
+            "nnx": lambda features, **options: nnx.SNU(
+                2, features, rngs=flax_nnx.Rngs(0), **options
+            ),
+        }.items()
+        for options, phrase in [
+            ({"features": 0}, "features, the number of units, must be positive; got 0"),
+            ({"features": 2.5}, "features, the number of units, must be positive; got 2.5"),
+            ({"decay": float("nan")}, "must be in [0, 1]; got nan"),
+            ({"decay": 1.5}, "must be in [0, 1]; got 1.5"),
+            ({"decay": -0.1}, "must be in [0, 1]; got -0.1"),
+        ]
+    },
     "rate_code, rate": (
         lambda: rate_code(KEY, jnp.ones((1, 3)), rate=5),
         ValueError,

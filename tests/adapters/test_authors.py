@@ -5,7 +5,7 @@ NumPy code (github.com/IBM/GRAPES): a network 12-10-8-6-4, ReLU, softmax cross-e
 batches of 8, no biases.
 """
 
-import contextlib
+import functools
 import itertools
 from pathlib import Path
 
@@ -19,9 +19,10 @@ from flax import nnx
 
 import grapes_optax
 from grapes_optax import linen as glinen
+from grapes_optax import modulate_error
 from grapes_optax import nnx as gnnx
 
-DATA = dict(np.load(Path(__file__).with_name("authors_updates.npz")))
+DATA = dict(np.load(Path(__file__).parents[1] / "authors_updates.npz"))
 SIZES = (12, 10, 8, 6, 4)
 OPTIMIZERS = {
     "sgd": optax.sgd,
@@ -62,89 +63,87 @@ def not_first(path):
 
 
 # Where the authors' rules differ, the options do: the factor is not clipped for feedback
-# alignment, and its importance is then read at the weights, not at the look-ahead weights.
+# alignment, and its importance is then read at the weights, not at the look-ahead weights:
+# `modulate_error` in the model takes any kernel.
+
+
+def forward_of(run, grapes, forward):
+    """A forward function under the rule; it takes feedback weights where there are any."""
+    rule, *_ = run.rule.split("_")
+    feedback = {run.paths[i]: b for i, b in kernels(f"{rule}/feedback/kernel").items()}
+    if rule == "fa":
+        forward = grapes.feedback_alignment(forward, not_first)
+    if rule == "dfa":
+        forward = grapes.direct_feedback_alignment(forward)
+    if run.rule == "bp_grapes":
+        return grapes.propagated(forward, hidden)
+    return functools.partial(forward, feedback=feedback) if feedback else forward
+
+
+def modulated(rule, z, weights, i):
+    """A hidden pre-activation with the authors' factor for feedback alignment."""
+    return modulate_error(z, weights[i], bounds=None) if rule == "fa_grapes" else z
 
 
 class Linen:
     paths = tuple(f"Dense_{i}/kernel" for i in range(4))
 
     class Model(nn.Module):
+        rule: str
+
         @nn.compact
-        def __call__(self, x):
-            for size in SIZES[1:-1]:
-                x = jax.nn.relu(nn.Dense(size, use_bias=False, param_dtype=jnp.float64)(x))
+        def __call__(self, x, weights):
+            for i, size in enumerate(SIZES[1:-1]):
+                z = nn.Dense(size, use_bias=False, param_dtype=jnp.float64)(x)
+                x = jax.nn.relu(modulated(self.rule, z, weights, i))
             return nn.Dense(SIZES[-1], use_bias=False, param_dtype=jnp.float64)(x)
 
     def __init__(self, rule):
         self.rule = rule
-        self.feedback = {
-            f"Dense_{i}": {"kernel": b}
-            for i, b in kernels(f"{rule.split('_')[0]}/feedback/kernel").items()
-        }
+        self.forward = forward_of(self, glinen, self.Model(rule).apply)
 
     def tree(self, key):
         return {"params": {f"Dense_{i}": {"kernel": k} for i, k in kernels(key).items()}}
 
-    def rules(self, weights):
-        if self.rule.startswith("fa"):
-            yield glinen.feedback_alignment(self.feedback, not_first)
-        if self.rule.startswith("dfa"):
-            yield glinen.direct_feedback_alignment(self.feedback)
-        if self.rule == "bp_grapes":
-            yield glinen.propagated(hidden)
-        if self.rule == "fa_grapes":
-            yield glinen.propagated(hidden, importance=weights, bounds=None)
-
     def gradient(self, params, weights, x, y):
-        with contextlib.ExitStack() as stack:
-            for context in self.rules(weights):
-                stack.enter_context(context)
-            return jax.grad(lambda p: cross_entropy(self.Model().apply(p, x), y))(params)
+        read = [weights["params"][f"Dense_{i}"]["kernel"] for i in range(3)]
+        return jax.grad(lambda p: cross_entropy(self.forward(p, x, read), y))(params)
 
 
 class Nnx:
     paths = tuple(f"layers/{i}/kernel" for i in range(4))
 
     class Model(nnx.Module):
-        def __init__(self, rngs):
+        def __init__(self, rule, rngs):
             kwargs = {"use_bias": False, "param_dtype": jnp.float64, "rngs": rngs}
+            self.rule = rule
             self.layers = nnx.List(
                 [nnx.Linear(i, o, **kwargs) for i, o in itertools.pairwise(SIZES)]
             )
 
-        def __call__(self, x):
+        def __call__(self, x, weights):
             *hidden, output = self.layers
-            for layer in hidden:
-                x = jax.nn.relu(layer(x))
+            for i, layer in enumerate(hidden):
+                x = jax.nn.relu(modulated(self.rule, layer(x), weights, i))
             return output(x)
 
     def __init__(self, rule):
-        model = self.Model(nnx.Rngs(0))
-        if rule.startswith("fa"):
-            gnnx.feedback_alignment(model, nnx.Rngs(1), not_first)
-        if rule.startswith("dfa"):
-            gnnx.direct_feedback_alignment(model, nnx.Rngs(1), batch(0)[0])
-        if rule.endswith("_grapes") and not rule.startswith("dfa"):
-            gnnx.propagated(model, hidden, bounds=None if rule == "fa_grapes" else (1.0, 2.0))
-        for i, feedback in kernels(f"{rule.split('_')[0]}/feedback/kernel").items():
-            model.layers[i].feedback[...] = feedback
         self.rule = rule
-        self.graph, self.state, self.rest = nnx.split(model, nnx.Param, ...)
+        self.forward = forward_of(self, gnnx, self.Model.__call__)
+        self.graph, self.state = nnx.split(self.Model(rule, nnx.Rngs(0)))
 
     def tree(self, key):
-        state = self.state
         for i, kernel in kernels(key).items():
-            state["layers"][i]["kernel"][...] = kernel
-        return state
+            self.state["layers"][i]["kernel"][...] = kernel
+        return self.state
 
     def gradient(self, params, weights, x, y):
-        def loss(params):
-            return cross_entropy(nnx.merge(self.graph, params, self.rest)(x), y)
+        read = [weights["layers"][i]["kernel"][...] for i in range(3)]
 
-        with (
-            gnnx.importance_from(weights) if self.rule == "fa_grapes" else contextlib.nullcontext()
-        ):
-            return jax.grad(loss)(params)
+        def loss(params):
+            return cross_entropy(self.forward(nnx.merge(self.graph, params), x, read), y)
+
+        return jax.grad(loss)(params)
 
 
 @pytest.mark.slow

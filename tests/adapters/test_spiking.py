@@ -1,6 +1,5 @@
 """Spiking units: values and gradients against NumPy, transforms, rate codes, gradients in time."""
 
-import contextlib
 import functools
 import re
 from pathlib import Path
@@ -18,11 +17,13 @@ import reference_spiking
 from flax import nnx
 
 import grapes_optax
-from grapes_optax.linen import propagated
-from grapes_optax.spiking import SNU, SoftSNU, rate_code, spike
+from grapes_optax import linen as glinen
+from grapes_optax import nnx as gnnx
+from grapes_optax.linen import SNU, SoftSNU, propagated
+from grapes_optax.spiking import rate_code, spike
 
 KEY = jax.random.key(0)
-PAGE = (Path(__file__).parents[1] / "docs/spiking.md").read_text()
+PAGE = (Path(__file__).parents[2] / "docs/spiking.md").read_text()
 
 pytestmark = pytest.mark.usefixtures("promotion_of_frameworks")
 
@@ -60,9 +61,25 @@ UNITS = {  # a cell and the same by hand
 PLAIN, LOCAL, PROPAGATED, THROUGH_TIME = "plain", "local", "propagated", "through time"
 
 
+def in_nnx(cell, params, transform):
+    """A function of the parameters of linen, made of the cell of nnx."""
+    options = dict(getattr(cell, "keywords", {}))
+    kind = getattr(gnnx, getattr(cell, "func", cell).__name__)
+    make = functools.partial(kind, 3, 4, param_dtype=np.float64, **options)
+    graph, state = nnx.split(nnx.eval_shape(lambda: nnx.RNN(make(rngs=nnx.Rngs(0)))))
+    forward = transform(gnnx, nnx.RNN.__call__)
+
+    def of_params(variables, x):
+        nnx.replace_by_pure_dict(state, variables["params"])
+        return forward(nnx.merge(graph, state), x)
+
+    return of_params
+
+
 @pytest.mark.parametrize("rule", [PLAIN, LOCAL, PROPAGATED, THROUGH_TIME])
 @pytest.mark.parametrize("unit", UNITS)
-def test_backpropagation_through_time(unit, rule):
+@pytest.mark.parametrize("framework", ["linen", "nnx"])
+def test_backpropagation_through_time(framework, unit, rule):
     cell, options_by_hand = UNITS[unit]
     rng = np.random.default_rng(0)
     shapes = {"i": (3, 4)} if "feedforward" in unit else {"i": (3, 4), "h": (4, 4)}
@@ -83,19 +100,22 @@ def test_backpropagation_through_time(unit, rule):
     expected["bias"] = hand.bias_gradient
 
     with jax.enable_x64(True):
-        layer = nn.RNN(cell(4, param_dtype=np.float64))
+        transforms = {
+            PROPAGATED: lambda grapes, f: grapes.propagated(f),
+            THROUGH_TIME: lambda grapes, f: grapes.propagated(f, through_time=True),
+        }
+        transform = transforms.get(rule, lambda grapes, f: f)
+        if framework == "linen":
+            forward = transform(glinen, nn.RNN(cell(4, param_dtype=np.float64)).apply)
+        else:
+            forward = in_nnx(cell, params, transform)
 
         @jax.jit
         def gradients(params, x, error):
-            outputs, pullback = jax.vjp(layer.apply, {"params": {"cell": params}}, x)
+            outputs, pullback = jax.vjp(forward, {"params": {"cell": params}}, x)
             return outputs, *pullback(error)
 
-        contexts = {
-            PROPAGATED: propagated(),
-            THROUGH_TIME: propagated(through_time=True),
-        }
-        with contexts.get(rule, contextlib.nullcontext()):
-            results = gradients(params, x, error)
+        results = gradients(params, x, error)
         if rule == LOCAL:
             tx = grapes_optax.scale_by_grapes()
             variables = {"params": {"cell": jax.tree.map(jnp.asarray, params)}}
@@ -135,14 +155,12 @@ class Deep(nn.Module):
 
 
 def propagated_gradient(model):
+    forward = propagated(model.apply)
+
     def loss(params, x):
-        return jnp.square(model.apply({"params": params}, x)).sum()
+        return jnp.square(forward({"params": params}, x)).sum()
 
-    def gradient(params, x):
-        with propagated():
-            return jax.grad(loss)(params, x)
-
-    return gradient
+    return jax.grad(loss)
 
 
 def test_vmap_and_remat():
@@ -215,6 +233,19 @@ def test_the_key_alone_decides():
     np.testing.assert_array_equal(jax.vmap(rate_code)(keys, images), one_by_one)
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_rates_of_dim_pixels_in_few_bits(dtype):
+    spikes = rate_code(KEY, jnp.full((1, 64), 1 / 255, dtype), steps=5000, rate=0.3)
+    assert spikes.dtype == dtype
+    np.testing.assert_allclose(spikes.astype(np.float32).mean(), 0.3 / 255, rtol=0.2)
+
+
+@pytest.mark.parametrize("make", [lambda n: SNU(n), lambda n: gnnx.SNU(4, n, rngs=nnx.Rngs(0))])
+def test_units_must_be_there(make):
+    with pytest.raises(ValueError, match="features, the number of units, must be positive; got 0"):
+        make(0)
+
+
 @pytest.mark.parametrize("pixel", [-0.1, 16.0, np.nan])
 def test_pixels_out_of_range(pixel):
     with pytest.raises(ValueError, match="divide the images"):
@@ -252,20 +283,18 @@ def test_norm_of_the_gradient_over_time(cell):
     x = jax.random.bernoulli(KEY, 0.3, (8, max(STEPS), 64)).astype(jnp.float32)
     labels = jax.random.randint(KEY, (8,), 0, 10)
 
-    def loss(params, steps):
-        logits = model.apply({"params": params}, x, steps)
+    def loss(forward, params, steps):
+        logits = forward({"params": params}, x, steps)
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
     def ratios(params, steps):
-        def norm(params, steps):
-            gradient = jax.grad(loss)(params, steps)
+        def norm(forward):
+            gradient = jax.grad(loss, argnums=1)(forward, params, steps)
             return optax.tree.norm(gradient | {"output": None})
 
-        plain = norm(params, steps)
-        with propagated(hidden):
-            ratio = norm(params, steps) / plain
-        with propagated(hidden, through_time=True):
-            return ratio, norm(params, steps) / plain
+        plain = norm(model.apply)
+        ratio = norm(propagated(model.apply, hidden)) / plain
+        return ratio, norm(propagated(model.apply, hidden, through_time=True)) / plain
 
     keys = jax.random.split(KEY, 3)
     # One after the other: on CPUs, orthogonal matrices drawn at once may wait for each other.

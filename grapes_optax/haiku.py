@@ -1,0 +1,3 @@
+"""Haiku: the learning rules for functions that call transformed functions with ``apply``."""
+
+from grapes_optax._haiku import *  # noqa: F403
