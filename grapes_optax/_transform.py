@@ -58,7 +58,8 @@ def scale_by_grapes(
     ``grapes_optax.linen.propagated`` and its kin), its factor acts twice.
 
     The output layer is not modulated in the paper. A parameter tree does not tell
-    which layer that is: exclude it with ``weight_dimension_numbers=by_path(where=...)``.
+    which layer that is: :func:`infer_dimension_numbers` finds it in the program, or exclude
+    it with ``weight_dimension_numbers=by_path(where=...)``.
 
     Order matters. Before ``optax.sgd`` or momentum the factor acts on the gradient, as
     in the paper. Optimizers that divide by a running size of the gradient (RMSprop,

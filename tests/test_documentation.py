@@ -6,10 +6,12 @@ import re
 from pathlib import Path
 from typing import Any
 
+import optax
 import pytest
 
 import grapes_optax
-from examples import digits
+from benchmarks import rates
+from examples import digits, spiking
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -31,6 +33,7 @@ def words(line):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("promotion_of_frameworks")
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_code_of_the_pages_runs(page, capsys):
     for code in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
@@ -39,6 +42,21 @@ def test_code_of_the_pages_runs(page, capsys):
     for table in re.findall(r"```\n(path .*?)```", page.read_text(), re.S):
         for line in table.splitlines():
             assert words(line) in printed or line == "...", f"{page.name}: {line}"
+
+
+def test_blocks_are_of_a_kind_that_is_looked_at():
+    """Code that Python runs, commands of the shell, and tables or output without a language."""
+    for page in PAGES:
+        fences = re.findall(r"^```(.*)$", page.read_text(), re.M)[::2]
+        assert set(fences) <= {"python", "sh", ""}, page.name
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("promotion_of_frameworks")
+def test_networks_by_rate(capsys):
+    rates.main(["--seeds=1", "--epochs=1", "--rates", "1.0", "--layers", "1"])
+    rows = capsys.readouterr().out.splitlines()
+    assert len(rows) == len(spiking.methods(optax.sgd(1), recurrent=True)) + 2
 
 
 def test_every_public_name_is_documented():
