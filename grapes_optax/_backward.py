@@ -29,6 +29,7 @@ from grapes_optax._importance import (
     Normalization,
     Options,
     fan_in_axes,
+    is_description,
     layer_factor,
 )
 from grapes_optax._modulation import align, scale_tangent
@@ -56,7 +57,18 @@ def all_but(output: int) -> Callable[[Any, int], DimensionNumbers]:
 
 
 def _items(layers: Layers | None) -> tuple[tuple[type, Numbers], ...]:
-    return tuple((layers or {}).items())  # with a hash, as the rule needs it
+    """Classes that the user declares bilinear, and the axes of their kernels."""
+    if layers is None:
+        return ()
+    if not isinstance(layers, Mapping) or not all(
+        isinstance(cls, type) and (callable(numbers) or is_description(numbers))
+        for cls, numbers in layers.items()
+    ):
+        raise TypeError(
+            "layers must map classes to DimensionNumbers, or to functions of a module and the rank"
+            f" of its kernel; got {layers!r}."
+        )
+    return tuple(layers.items())  # with a hash, as the rule needs it
 
 
 class Rule(NamedTuple):

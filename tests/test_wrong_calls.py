@@ -332,6 +332,15 @@ CALLS = {
             ({"decay": -0.1}, "must be in [0, 1]; got -0.1"),
         ]
     },
+    **{
+        f"{rule.__name__}, layers={layers}": (
+            lambda rule=rule, layers=layers: rule(len, layers=layers),
+            TypeError,
+            "layers must map classes to DimensionNumbers",
+        )
+        for rule in (linen.propagated, nnx.feedback_alignment, linen.direct_feedback_alignment)
+        for layers in ([object], {object: 3}, {"Dense": DimensionNumbers()})
+    },
     "rate_code, rate": (
         lambda: rate_code(KEY, jnp.ones((1, 3)), rate=5),
         ValueError,
