@@ -316,7 +316,7 @@ def test_norm_of_the_gradient_over_time(cell):
 @pytest.mark.slow
 def test_spyx(capsys):
     pytest.importorskip("spyx")
-    (code,) = [code for code in re.findall(r"```py\n(.*?)```", PAGE, re.S) if "spyx.nn" in code]
+    (code,) = [code for code in re.findall(r"```python\n(.*?)```", PAGE, re.S) if "spyx.nn" in code]
     names = {}
     exec(compile(code, "spiking.md", "exec"), names)
     rows = [row.split() for row in capsys.readouterr().out.splitlines()]
