@@ -22,7 +22,7 @@ from grapes_optax import linen as glinen
 from grapes_optax import modulate_error
 from grapes_optax import nnx as gnnx
 
-DATA = dict(np.load(Path(__file__).parents[1] / "authors_updates.npz"))
+DATA = dict(np.load(Path(__file__).parent / "authors_updates.npz"))
 SIZES = (12, 10, 8, 6, 4)
 OPTIMIZERS = {
     "sgd": optax.sgd,

@@ -15,8 +15,6 @@ from examples.paper.experiments import EXPERIMENTS, Choice, Plan, Scale, plan
 from examples.paper.records import BEST, SAME, TUNING
 from examples.paper.report import report
 
-matplotlib.use("Agg")
-
 RUN = {
     "kind": "run",
     "command": "python -m examples.paper run accuracy",

@@ -8,7 +8,7 @@ from examples.paper import figures, records
 from examples.paper import report as reports
 from examples.paper.statistics import YES, claims, comparisons
 
-RESULTS = Path(__file__).parents[1] / "docs" / "results"
+RESULTS = Path(__file__).parents[2] / "docs" / "results"
 UNFINISHED = {"spiking-mnist"}  # cut off, and its report says so
 FOLDERS = sorted(path.parent for path in RESULTS.glob(f"*/{records.NAME}"))
 

@@ -6,7 +6,6 @@ import sys
 from typing import NamedTuple
 
 import jax
-import matplotlib
 import numpy as np
 import optax
 import pytest
@@ -14,7 +13,6 @@ import pytest
 from examples import digits, spiking, training
 from examples.data import load
 
-matplotlib.use("Agg")
 pytestmark = pytest.mark.usefixtures("promotion_of_frameworks")
 
 
