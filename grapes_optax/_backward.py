@@ -29,6 +29,7 @@ from grapes_optax._importance import (
     Normalization,
     Options,
     fan_in_axes,
+    here,
     is_description,
     layer_factor,
 )
@@ -268,7 +269,7 @@ class Call:
         if cell and gates:
             axes, kernels = axes._replace(gates=gates), [seen.cell[p] for p in cell.paths]
             carry = features * (seen.path == cell.paths[1])
-        factor = layer_factor(kernels, [axes] * len(kernels), rule.options)
+        factor = here(layer_factor(kernels, [axes] * len(kernels), rule.options), axes)
 
         def modulate(z: jax.Array) -> jax.Array:
             positions = z.shape[z.ndim - seen.trailing :] if seen.trailing else ()
