@@ -14,6 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import PartitionSpec
 
 from grapes_optax._importance import (
     Axes,
@@ -262,6 +263,9 @@ class Sharded:
 
         arrays = jax.tree_util.tree_map_with_path(whole, params)
         layers, reasons = resolve_layers(arrays, self.weight_dimension_numbers, quiet=quiet)
+        for path, _, axes in (m for _, kernels, biases in layers for m in kernels + biases):
+            if axes.parts is not None:
+                raise ValueError(f"sharded: {path_string(path)} has a spec in its description too.")
 
         def here(members: tuple[Member, ...]) -> tuple[Member, ...]:
             return tuple(
@@ -286,8 +290,8 @@ class Sharded:
                 )
             try:
                 parts[path] = parts_of(specs[cover], leaf.ndim)
-            except (TypeError, ValueError) as error:
-                raise type(error)(f"sharded: {path_string(path)}: {error}") from error
+            except ValueError as error:
+                raise ValueError(f"sharded: {path_string(path)}: {error}") from error
         return parts
 
 
@@ -308,7 +312,7 @@ def sharded(weight_dimension_numbers: WeightDimNumOrFn, specs: optax.Params) -> 
       A description for every function that takes ``weight_dimension_numbers`` of a tree.
 
     Raises:
-      TypeError: in those functions, if `specs` holds anything else.
+      TypeError: if `specs` holds anything else.
       ValueError: in those functions, if `specs` says nothing of a leaf, has more entries
         than it has axes, or names no axis of the mesh.
 
@@ -330,6 +334,11 @@ def sharded(weight_dimension_numbers: WeightDimNumOrFn, specs: optax.Params) -> 
       optimization of deep neural networks
       <https://doi.org/10.1038/s41467-022-29491-2>`_, 2022
     """
+    for spec in jax.tree.leaves(specs, is_leaf=lambda x: x is None):
+        if not isinstance(spec, PartitionSpec):
+            raise TypeError(
+                f"specs must be a jax.sharding.PartitionSpec, or a tree of them; got {spec!r}."
+            )
     return Sharded(weight_dimension_numbers, specs)
 
 

@@ -260,7 +260,8 @@ def test_names_are_read_of_the_whole_arrays():
 
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_the_number_of_a_part_is_wrong_and_refused(check_vma):
-    params, specs = {"kernel": normal(64, 16)}, {"kernel": P("x")}
+    kernel = jax.random.normal(jax.random.key(0), (64, 16))
+    params, specs = {"kernel": kernel}, {"kernel": P("x")}
     right = update(scale_by_grapes(), params)["kernel"]
     parts = jnp.split(params["kernel"], 4)
     wrong = [update(scale_by_grapes(), {"kernel": part})["kernel"] for part in parts]
@@ -376,8 +377,6 @@ WRONG = {
     "nothing of a leaf": ({"other": P()}, ValueError, "say nothing of kernel"),
     "too many entries": (P("x", None, None), ValueError, "more entries than the array has axes, 2"),
     "no axis of the mesh": (P("z"), ValueError, "names 'z'; the axes of the mesh are"),
-    "no spec": ({"kernel": "x"}, TypeError, "kernel: spec must be a jax.sharding.PartitionSpec"),
-    "None": (None, TypeError, "spec must be a jax.sharding.PartitionSpec, got None"),
 }
 
 
@@ -386,3 +385,14 @@ def test_specs_that_do_not_fit(specs, error, message):
     tx = scale_by_grapes(sharded(None, specs))
     with pytest.raises(error, match=message):
         in_shard_map(functools.partial(update, tx), P("x"))({"kernel": normal(64, 16)})
+
+
+def test_what_is_no_spec():
+    for specs in ({"kernel": "x"}, None, ("x", None)):
+        with pytest.raises(TypeError, match=r"specs must be a jax.sharding.PartitionSpec"):
+            sharded(None, specs)
+    with pytest.raises(TypeError, match=r"spec must be a jax.sharding.PartitionSpec, got 'x'"):
+        node_importance(normal(4, 4), DimensionNumbers(spec="x"))
+    twice = scale_by_grapes(sharded(DimensionNumbers(spec=P("x")), P("x")))
+    with pytest.raises(ValueError, match="kernel has a spec in its description too"):
+        twice.init({"kernel": normal(64, 16)})
