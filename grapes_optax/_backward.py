@@ -237,10 +237,12 @@ class Call:
             ndim = leaves[names[0]].ndim
             return names[0], numbers(module, ndim) if callable(numbers) else numbers
         # Wrappers of a module, nn.WeightNorm for instance, call it without its variables first.
+        rules = [rule for call in self._chain() for rule in call.rules]
+        declared = any(c is base for rule in rules for c, _ in rule.layers)
         for name in names or ["kernel"] * (base is not None and bool(leaves)):
             full = path_string((*path, name))
-            for rule in (rule for call in self._chain() for rule in call.rules):
-                if _selects(rule, full) and base is not None and not names:
+            for rule in rules:
+                if _selects(rule, full) and declared and not names:
                     raise ValueError(
                         f"{'/'.join(path) or cls.__name__}: {cls.__name__} is declared a layer and"
                         f" holds {', '.join(leaves)}: none has the name of a kernel, kernel, w or"
@@ -534,7 +536,7 @@ class Framework(NamedTuple):
         through time.
 
         The transformations compose, in any order. Where two of a kind select one layer, the
-        one that was applied last holds. Choose one form for a layer: with
+        one that was applied last holds, the outermost. Choose one form for a layer: with
         :func:`grapes_optax.scale_by_grapes` as well, its factor acts twice.
 
         Args:
@@ -679,7 +681,8 @@ class Framework(NamedTuple):
         .. math::
           \partial L / \partial x_l = B_l \, e, \qquad e = \partial L / \partial \mathrm{logits}
 
-        for the input x of every layer but the first; the gradient between layers is stopped.
+        for the input x of every layer but that called first; the gradient between layers is
+        stopped. Inputs begin with the batch axes of the logits.
         Activations, pooling and dropout between a layer and the next are differentiated as
         usual. The logits are what the function returns, or the first of what it returns, with
         the classes on the last axis. With this rule local and propagated GRAPES are the same:

@@ -50,9 +50,9 @@ def check_whole(kernel: jax.Array) -> None:
             f"A kernel of shape {kernel.shape} may be a part of one here, divided over the axes"
             f" {sorted(divided)} of the mesh. Inside shard_map say how it lies, where"
             " PartitionSpec() stands for a whole kernel: by sharded(weight_dimension_numbers,"
-            " in_specs) of a tree, by DimensionNumbers(spec=...) of a kernel, and by layers={Dense:"
-            " DimensionNumbers(0, 1, spec=...)} of the layers that a learning rule reaches. Or leave"
-            " it to jax.jit alone, which needs no word of it."
+            " in_specs) of a tree, by DimensionNumbers(spec=...) of a kernel, by layers={Dense:"
+            " DimensionNumbers(0, 1, spec=...)} of what a learning rule reaches. Or leave it to"
+            " jax.jit alone, which needs no word of it."
         )
 
 

@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from grapes_optax import (
     DimensionNumbers,
+    alignment,
     factors,
     importance_factor,
     modulate_error,
@@ -358,6 +359,24 @@ def test_the_propagated_form_of_tensor_parallel_layers():
     back = error @ kernels[1].T * (1 - h**2) * one
     for a, b in zip(actual, (x.T @ back, h.T @ error), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * np.abs(b).max())
+
+
+def test_means_over_parts_are_refused():
+    kernel, x = normal(16, 16), normal(5, 16)
+
+    def aligned(layers):
+        rule = feedback_alignment(nn.Dense(4, use_bias=False).apply, rule="uniform_sign", **layers)
+        return lambda kernel: rule({"params": {"kernel": kernel}}, x, feedback={"kernel": kernel})
+
+    divided = {"layers": {nn.Dense: DimensionNumbers(spec=P(None, "x"))}}
+    refused = (
+        (aligned({}), "may be a part of one here"),
+        (aligned(divided), "divided over devices, and rule='uniform_sign'"),
+        (lambda kernel: alignment({"w": kernel}, {"w": kernel})["w"].angle, "may be a part of one"),
+    )
+    for function, message in refused:
+        with pytest.raises(ValueError, match=message):
+            in_shard_map(function, P(None, "x"))(kernel)
 
 
 def test_sizes_are_those_of_the_whole_arrays():
