@@ -9,19 +9,17 @@ import os
 from importlib.metadata import PackageNotFoundError, version
 from typing import NamedTuple
 
-# Read when a compiler is loaded: no device is looked for, here or in Google's cloud, and several
-# processes may load libtpu at a time, as there is no device that they would have to share.
+import jax
+from jax.experimental import topologies
+
+# Read when libtpu is loaded: no device is looked for, here or in Google's cloud, and several
+# processes may load it at a time, as there is no device that they would have to share.
 ENVIRONMENT = {
-    "JAX_PLATFORMS": "cpu",
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
-os.environ.update(ENVIRONMENT)
-
-import jax
-from jax.experimental import topologies
 
 COMPILERS = {"cuda": ("jax-cuda13-plugin", "jax-cuda13-pjrt"), "tpu": ("libtpu",)}
 
@@ -94,6 +92,7 @@ def missing(accelerator: str) -> list[str]:
 
 def devices(accelerator: str, chips: int) -> list[jax.Device]:
     """So many chips to compile for, in the order of their topology."""
+    os.environ.update(ENVIRONMENT)
     platform, *_ = chip = ACCELERATORS[accelerator]
     name = chip.topologies[chips]
     # For GPUs: slices x hosts of a slice x devices of a host.

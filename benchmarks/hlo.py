@@ -43,6 +43,7 @@ class Instruction(NamedTuple):
     operands: list[str]
     attributes: str
     root: bool
+    number: int  # of a parameter, else 0
 
     def calls(self, attribute: str) -> str:
         match = re.search(rf"\b{attribute}=%([\w.-]+)", self.attributes)
@@ -97,10 +98,28 @@ def computations(hlo: str) -> tuple[str, Computations]:
                 re.findall(r"%([\w.-]+)", match["operands"]),
                 match["attributes"],
                 match["root"] is not None,
+                int(match["operands"]) if match["op"] == "parameter" else 0,
             )
     if not entry:
         raise ValueError("The text has no entry computation.")
     return entry, found
+
+
+def _read_by_fusion(
+    fused: dict[str, Instruction], operands: list[str], known: dict[str, Instruction]
+) -> list[Array]:
+    """What a fusion reads: of an operand that it only takes slices of, no more than these."""
+    parameters = sorted((i for i in fused.values() if i.op == "parameter"), key=lambda i: i.number)
+    read = []
+    for parameter, operand in zip(parameters, operands, strict=True):
+        users = [i for i in fused.values() if parameter.name in i.operands]
+        sliced = [array for i in users if i.op in ("slice", "dynamic-slice") for array in i.results]
+        arrays = known[operand].results
+        if len(sliced) == len(users):
+            nbytes = min(arrays[0].nbytes, sum(array.nbytes for array in sliced))
+            arrays = [arrays[0]._replace(nbytes=nbytes)]
+        read += arrays
+    return read
 
 
 def _runs(
@@ -123,7 +142,11 @@ def _runs(
         elif op == "conditional":
             raise ValueError(f"Which branch {instruction.name} takes the text does not tell.")
         elif op not in FREE and not op.endswith(("-done", "-update")):
-            given = [array for name in instruction.operands for array in known[name].results]
+            if op == "fusion":
+                fused = found[instruction.calls("calls")]
+                given = _read_by_fusion(fused, instruction.operands, known)
+            else:
+                given = [array for name in instruction.operands for array in known[name].results]
             yield instruction, given, times
 
 
@@ -137,7 +160,7 @@ def _moved(instruction: Instruction, given: list[Array], name: str) -> list[Arra
     if name == "slice":  # reads what it writes
         return [copy for result in instruction.results for copy in (result, result)]
     if name == "all-reduce" and instruction.op == "all-reduce-start":  # results, or operands too
-        return [*given, *given]
+        return [*given, *instruction.results[-len(given) :]]
     if name in COLLECTIVES and instruction.op != name:  # (operands, results)
         return instruction.results
     return [*given, *instruction.results]

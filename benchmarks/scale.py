@@ -7,7 +7,7 @@ compiled programs that ``python -m benchmarks.compiled`` left in benchmarks/resu
 import json
 import math
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tabulate import tabulate
 
@@ -56,7 +56,7 @@ class Transformer(NamedTuple):
             "embedding": (self.vocabulary, self.width),
             "output": (self.width, self.vocabulary),
         }
-        norms = {name: (self.blocks, self.width) for name in ("norm_attention", "norm_mlp")}
+        norms = dict.fromkeys(("norm_attention", "norm_mlp"), (self.blocks, self.width))
         return table | norms | {"norm_output": (self.width,)}
 
     @property
@@ -96,18 +96,23 @@ class Cost(NamedTuple):
 def cost(transformer: Transformer, layout: str, chips: int) -> Cost | None:
     """Of one device; None where the axes of the mesh do not divide those of the arrays.
 
-    A step reads parameters and gradients and writes parameters. GRAPES reads the kernels once more.
-    Sums go over the devices that share a fan-in, maxima over those that share nodes.
+    A step reads parameters and gradients and writes parameters. GRAPES reads the kernels once more,
+    and handles node vectors: each is written, read for its maximum, read for the factor, written
+    as that, and read for the update, which makes 5 passes; a vector that is summed over devices is
+    laid beside the others, reduced, and taken out again (read and written each time), which makes
+    11. Sums go over the devices that share a fan-in, maxima over those that share nodes.
     """
     mesh = mesh_shape(layout, chips)
-    kernels = sums = maxima = 0
+    kernels = vectors = sums = maxima = 0
     for kernel in transformer.kernels().values():
         by_fan_in, by_nodes = (mesh[axis] for axis in DIVIDED[kernel.kind])
         if kernel.fan_in % by_fan_in or kernel.nodes % by_nodes:
             return None
         nodes = kernel.nodes // by_nodes
         kernels += kernel.stack * kernel.fan_in // by_fan_in * nodes * FLOAT
-        sums += kernel.stack * nodes * FLOAT if by_fan_in > 1 else 0
+        vector = kernel.stack * nodes * FLOAT
+        vectors += vector * (11 if by_fan_in > 1 else 5)
+        sums += vector if by_fan_in > 1 else 0
         maxima += kernel.stack * FLOAT if by_nodes > 1 else 0
     others = 0
     for name, shape in transformer.others().items():
@@ -116,4 +121,101 @@ def cost(transformer: Transformer, layout: str, chips: int) -> Cost | None:
             return None
         others += math.prod(shape) * FLOAT // math.prod(divided)
     held = kernels + others
-    return Cost(held, 3 * held, 3 * held + kernels, sums, maxima)
+    return Cost(held, 3 * held, 3 * held + kernels + vectors, sums, maxima)
+
+
+def markdown(head: list[str], rows: list[list[str]], texts: int) -> str:
+    align = ["left"] * texts + ["right"] * (len(head) - texts)
+    return tabulate(rows, head, "github", disable_numparse=True, colalign=align)
+
+
+def mega(nbytes: float) -> str:
+    return f"{nbytes / 1e6:,.3f}" if nbytes < 1e5 else f"{nbytes / 1e6:,.1f}"
+
+
+def model_table() -> str:
+    """The cost of one device in a step, by the model."""
+    rows = []
+    for name, transformer in TRANSFORMERS.items():
+        for layout in LAYOUTS:
+            for chips in (1, 8, 64, 512, 4096):
+                each = cost(transformer, layout, chips)
+                if each and (chips > 1 or layout == LAYOUTS[0]):
+                    rows.append(
+                        [
+                            name,
+                            layout if chips > 1 else "",
+                            f"{chips:,}",
+                            *map(mega, each[:-1]),
+                            f"{each.maxima:,}",
+                        ]
+                    )
+    head = [
+        *("model", "layout", "devices", "parameters (MB)", "SGD (MB)", "GRAPES + SGD (MB)"),
+        *("sums (MB)", "maxima (bytes)"),
+    ]
+    return markdown(head, rows, 2)
+
+
+def given(program: dict[str, Any], reduction: str) -> int:
+    return sum(
+        each["times"] * each["nbytes"]
+        for each in program["collectives"]
+        if each["reduction"] == reduction
+    )
+
+
+def check_table(programs: list[dict[str, Any]]) -> str:
+    """What the compiled programs do, as a share of what the model says."""
+    rows = []
+    pairs: dict[tuple[str, int, str], dict[str, dict[str, Any]]] = {}
+    for program in programs:
+        if program["tree"] in TRANSFORMERS:
+            key = program["layout"], program["chips"], program["accelerator"]
+            pairs.setdefault(key, {})[program["optimizer"]] = program
+    for (layout, chips, accelerator), pair in sorted(pairs.items()):
+        sgd, grapes = pair["sgd"], pair["grapes + sgd"]
+        each = cost(TRANSFORMERS[grapes["tree"]], layout, chips)
+        if each is None or sgd["parameters"] != each.parameters:
+            raise ValueError(f"The model does not know {grapes}.")
+        wrong = {c["name"] for c in grapes["collectives"]} - {"all-reduce"}
+        rows.append(
+            [
+                layout,
+                accelerator,
+                str(chips),
+                f"{sgd['bytes'] / each.sgd:.3f}",
+                f"{grapes['bytes'] / each.grapes:.3f}",
+                *(
+                    f"{given(grapes, reduction) / expected:.3f}" if expected else ""
+                    for reduction, expected in (("add", each.sums), ("maximum", each.maxima))
+                ),
+                str(sum(c["times"] for c in grapes["collectives"])),
+                ", ".join(wrong) or "none",
+            ]
+        )
+    head = [
+        "layout",
+        "for",
+        "chips",
+        "SGD",
+        "GRAPES + SGD",
+        "sums",
+        "maxima",
+        "all-reduces",
+        "others",
+    ]
+    return markdown(head, rows, 2)
+
+
+def main() -> None:
+    print("### What one device holds, moves in its memory, and gives to reductions in one step\n")
+    print(model_table())
+    results = json.loads(RESULTS.read_text())
+    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    print(f"\n### Compiled programs over the model ({versions})\n")
+    print(check_table(results["programs"]))
+
+
+if __name__ == "__main__":
+    main()
