@@ -208,11 +208,29 @@ def check_table(programs: list[dict[str, Any]]) -> str:
     return markdown(head, rows, 2)
 
 
+def one_chip_table(programs: list[dict[str, Any]]) -> str:
+    """Bytes over parameters on every accelerator, and the kernels that a GPU launches."""
+    rows: dict[tuple[str, str, str], dict[str, dict[str, Any]]] = {}
+    for program in programs:
+        if program["chips"] == 1:
+            key = program["tree"], program["dtype"], program["optimizer"]
+            rows.setdefault(key, {})[program["accelerator"]] = program
+    head = ["parameters", "type", "optimizer", "H100", "v5e", "v6e", "state", "kernels (H100)"]
+    cells = []
+    for key, by in rows.items():
+        moved = [f"{by[name]['bytes'] / by[name]['parameters']:.2f}" for name in head[3:6]]
+        gpu = by["H100"]
+        cells.append([*key, *moved, f"{gpu['state'] / gpu['parameters']:.2f}", f"{gpu['kernels']}"])
+    return markdown(head, cells, 3)
+
+
 def main() -> None:
     print("### What one device holds, moves in its memory, and gives to reductions in one step\n")
     print(model_table())
     results = json.loads(RESULTS.read_text())
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    print("\n### Bytes that a step moves on one chip, over those of the parameters\n")
+    print(one_chip_table(results["programs"]))
     print(f"\n### Compiled programs over the model ({versions})\n")
     print(check_table(results["programs"]))
 

@@ -66,7 +66,9 @@ def test_reading_of_programs():
 def test_page_has_the_tables_of_its_command():
     page = (ROOT / "docs/scale.md").read_text()
     assert scale.model_table() in page
-    assert scale.check_table(json.loads(scale.RESULTS.read_text())["programs"]) in page
+    programs = json.loads(scale.RESULTS.read_text())["programs"]
+    assert scale.one_chip_table(programs) in page
+    assert scale.check_table(programs) in page
 
 
 @pytest.fixture(scope="module", params=accelerators.ACCELERATORS)
