@@ -9,7 +9,7 @@ import os
 from importlib.metadata import PackageNotFoundError, version
 from typing import NamedTuple
 
-import jax
+import numpy as np
 from jax.experimental import topologies
 
 # Read when libtpu is loaded: no device is looked for, here or in Google's cloud, and several
@@ -90,11 +90,11 @@ def missing(accelerator: str) -> list[str]:
     return absent
 
 
-def devices(accelerator: str, chips: int) -> list[jax.Device]:
+def devices(accelerator: str, chips: int) -> np.ndarray:
     """So many chips to compile for, in the order of their topology."""
     os.environ.update(ENVIRONMENT)
     platform, *_ = chip = ACCELERATORS[accelerator]
     name = chip.topologies[chips]
     # For GPUs: slices x hosts of a slice x devices of a host.
     options = {"target_config": H100, "topology": name} if platform == "cuda" else {}
-    return topologies.get_topology_desc(name, platform, **options).devices[:chips]
+    return np.array(topologies.get_topology_desc(name, platform, **options).devices[:chips])

@@ -42,7 +42,7 @@ class Tree(NamedTuple):
 
     shapes: Any
     specs: Any
-    numbers: WeightDimNumOrFn = None
+    numbers: Any = None  # the tree of descriptions of scale_by_grapes
 
 
 def dense(layers: int, inputs: int, nodes: int, *, bias: bool, spec: P = WHOLE) -> Tree:
@@ -107,7 +107,7 @@ def measured(accelerator: str, case: Case, optimizer: str) -> dict[str, Any]:
     """Compiles a step and counts what one device does in it."""
     chip, tree = accelerators.ACCELERATORS[accelerator], case.make()
     sizes = scale.mesh_shape(case.layout, case.chips)
-    devices = np.array(accelerators.devices(accelerator, case.chips))
+    devices = accelerators.devices(accelerator, case.chips)
     mesh = Mesh(devices.reshape(*sizes.values()), tuple(sizes))
 
     def array(shape: tuple[int, ...], spec: P) -> jax.ShapeDtypeStruct:
@@ -133,6 +133,7 @@ def measured(accelerator: str, case: Case, optimizer: str) -> dict[str, Any]:
     seconds = time.perf_counter() - start
     text, memory = compiled.as_text(), compiled.memory_analysis()
     assert text is not None
+    assert memory is not None
     program = hlo.read(text, chip.platform)
     held = sum(
         int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize
