@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/
 
-.PHONY: demo test test-all lint bench clean
+.PHONY: demo test test-all lint bench bench-compiled clean
 
 EXAMPLE ?= digits
 demo: $(VENV)/examples
@@ -27,8 +27,13 @@ bench: $(VENV)/examples
 	$(RUN)python -m benchmarks.backward
 	$(RUN)python -m benchmarks.program
 
+# What the steps compile to for a GPU and TPUs, none of which is needed.
+bench-compiled: $(VENV)-compilers/compilers
+	$(VENV)-compilers/bin/python -m benchmarks.compiled
+	$(VENV)-compilers/bin/python -m benchmarks.scale
+
 clean:
-	rm -rf .venv .nox runs build dist .pytest_cache .hypothesis .ruff_cache
+	rm -rf .venv .venv-compilers .nox runs build dist .pytest_cache .hypothesis .ruff_cache
 
 # A file named after each set of packages stands for its installation.
 $(VENV)/pip:
@@ -46,4 +51,14 @@ $(VENV)/test: $(VENV)/examples
 
 $(VENV)/lint: $(VENV)/test
 	$(RUN)python -m pip install --quiet --group lint
+	touch $@
+
+# An environment beside the others, as jax looks for devices where it finds libtpu. The plugin of
+# CUDA needs no package of NVIDIA to compile.
+$(VENV)-compilers/compilers: pyproject.toml
+	$(PYTHON) -m venv $(VENV)-compilers
+	$(VENV)-compilers/bin/python -m pip install --quiet --upgrade 'pip>=25.1'
+	$(VENV)-compilers/bin/python -m pip install --quiet --editable '.[examples]' --group compilers
+	$(VENV)-compilers/bin/python -m pip install --quiet --no-deps $$($(VENV)-compilers/bin/python -c \
+	  'import jax; [print(f"jax-cuda13-{name}=={jax.__version__}") for name in ("plugin", "pjrt")]')
 	touch $@

@@ -8,6 +8,7 @@ from grapes_optax._importance import (
     importance_factor,
     node_importance,
 )
+from grapes_optax._layers import sharded
 from grapes_optax._modulation import modulate_error
 from grapes_optax._names import by_path
 from grapes_optax._optimizers import grapes_rmsprop, grapes_sgd
@@ -33,5 +34,6 @@ __all__ = [
     "node_importance",
     "scale_by_grapes",
     "scale_by_outgoing_importance",
+    "sharded",
     "summary",
 ]

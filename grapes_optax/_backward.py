@@ -29,9 +29,11 @@ from grapes_optax._importance import (
     Normalization,
     Options,
     fan_in_axes,
+    here,
     is_description,
     layer_factor,
 )
+from grapes_optax._mesh import check_whole
 from grapes_optax._modulation import align, scale_tangent
 from grapes_optax._names import cells_of
 from grapes_optax._tree import Path, path_string, tree_leaves
@@ -139,6 +141,19 @@ class Seen(NamedTuple):
 _IN_FLIGHT = jax.make_user_context(default_value=None)
 
 
+class _Same:
+    """An array as a key: equal to itself alone."""
+
+    def __init__(self, array: jax.Array) -> None:
+        self.array = array
+
+    def __hash__(self) -> int:
+        return id(self.array)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.array is other.array
+
+
 class Call:
     """What one call of a transformed function needs, and what it has reached."""
 
@@ -147,19 +162,28 @@ class Call:
         self.outer: Call | None = _IN_FLIGHT.value
         outer = self.outer.layers if self.outer else {}
         self.layers = {**layers, **outer, **{c: n for rule in rules for c, n in rule.layers}}
-        self.feedback = {path_string(leaf.path): leaf.array for leaf in tree_leaves(feedback)}
+        given = list(tree_leaves(feedback))
+        self.feedback = {path_string(leaf.path): leaf.array for leaf in given}
+        if len(self.feedback) < len(given):
+            paths = [path_string(leaf.path) for leaf in given]
+            twice = sorted({path for path in paths if paths.count(path) > 1})
+            raise ValueError(f"The feedback weights hold two arrays for {', '.join(twice)}.")
         # Shape, axes and type of what is to be drawn, or None for a layer without.
         self.drawn: dict[str, tuple[Any, Axes, Any] | None] | None = {} if draws else None
         self.trace = get_opaque_trace_state()
         self.reached: list[str] = []
         self.holders: list[Any] = []  # recurrent cells that are being called
         self.taps: list[tuple[str, jax.Array, Any]] = []
-        # What is traced once and for all may hold feedback weights of this call. Without a
-        # trace around, a key of each call's own would compile every operation anew.
+        # What is traced once and for all within the call holds its feedback weights: it may be
+        # used again with the same arrays alone, which the key keeps, so that they stay the same.
+        # Without a trace around, a key of each call's own would compile every operation anew.
         self.key: Any = object()
-        if not isinstance(jnp.zeros(()), Tracer):
+        arrays = tuple(self.feedback.values())
+        mutable = not all(isinstance(array, jax.Array) for array in arrays)
+        if not mutable and not any(isinstance(a, Tracer) for a in (jnp.zeros(()), *arrays)):
             with contextlib.suppress(TypeError):
-                key = rules, self.outer and self.outer.key
+                same = tuple((path, _Same(array)) for path, array in self.feedback.items())
+                key = rules, same, self.outer and self.outer.key
                 self.key = hash(key) and key
 
     def __hash__(self) -> int:
@@ -187,7 +211,7 @@ class Call:
 
     def _rule(self, kind: str, path: str) -> tuple[Any, "Call"]:
         """The rule of this kind that was applied last, and its call."""
-        for call in self._chain():
+        for call in reversed(list(self._chain())):
             for rule in call.rules:
                 if rule.kind == kind and _selects(rule, path):
                     return rule, call
@@ -212,9 +236,18 @@ class Call:
             numbers: Any = self.layers[base]
             ndim = leaves[names[0]].ndim
             return names[0], numbers(module, ndim) if callable(numbers) else numbers
-        for name in names or ["kernel"] * (base is not None):
+        # Wrappers of a module, nn.WeightNorm for instance, call it without its variables first.
+        rules = [rule for call in self._chain() for rule in call.rules]
+        declared = any(c is base for rule in rules for c, _ in rule.layers)
+        for name in names or ["kernel"] * (base is not None and bool(leaves)):
             full = path_string((*path, name))
-            for rule in (rule for call in self._chain() for rule in call.rules):
+            for rule in rules:
+                if _selects(rule, full) and declared and not names:
+                    raise ValueError(
+                        f"{'/'.join(path) or cls.__name__}: {cls.__name__} is declared a layer and"
+                        f" holds {', '.join(leaves)}: none has the name of a kernel, kernel, w or"
+                        " weight. Rename it, or exclude the layer with `where`."
+                    )
                 if _selects(rule, full):
                     raise ValueError(_by_hand(full, cls, rule))
         return None
@@ -223,7 +256,20 @@ class Call:
         """The value of a layer, with the derivative that the rules give it."""
         path = path_string(seen.path)
         axes = fan_in_axes(seen.kernel, seen.numbers)
-        x, call, replaced = _of_input(seen, args, kwargs)
+        x, natural, replaced = _of_input(seen, args, kwargs)
+
+        def call(x: jax.Array) -> jax.Array:
+            number = len(self.reached)
+            out = natural(x)
+            if len(self.reached) > number:
+                inner = ", ".join(dict.fromkeys(self.reached[number:]))
+                raise ValueError(
+                    f"{path} belongs to a layer that holds other layers: {inner}. Declare the"
+                    " inner one, or the outer one without layers in it, as layers=; or exclude one"
+                    " of them with `where`."
+                )
+            return out
+
         for chained in self._chain():
             chained.reached.append(path)
         aligned, owner = self._rule("aligned", path)
@@ -236,9 +282,11 @@ class Call:
         back: Any = seen.kernel
         feedback: Any = None
         if aligned and owner.drawn is not None:
-            owner.drawn[path] = seen.kernel.shape, axes, seen.kernel.dtype
+            owner._draw(path, seen.kernel.shape, axes, seen.kernel.dtype)
         elif aligned:
             feedback = owner.weights(path, seen.kernel.shape)
+            if aligned.back == "uniform_sign":
+                _check_undivided(path, seen.kernel, axes)
             back = BACKWARD_KERNELS[aligned.back](seen.kernel, feedback).astype(seen.kernel.dtype)
         if direct:
             x = tapped.cut(path, x, seen.kernel.dtype)
@@ -268,7 +316,7 @@ class Call:
         if cell and gates:
             axes, kernels = axes._replace(gates=gates), [seen.cell[p] for p in cell.paths]
             carry = features * (seen.path == cell.paths[1])
-        factor = layer_factor(kernels, [axes] * len(kernels), rule.options)
+        factor = here(layer_factor(kernels, [axes] * len(kernels), rule.options), axes)
 
         def modulate(z: jax.Array) -> jax.Array:
             positions = z.shape[z.ndim - seen.trailing :] if seen.trailing else ()
@@ -294,9 +342,22 @@ class Call:
             )
         return weights
 
+    def _draw(self, path: str, shape: tuple[int, ...], axes: Axes, dtype: Any) -> None:
+        """Notes what init_feedback is to draw; layers of one path share their weights."""
+        assert self.drawn is not None
+        before = self.drawn.get(path)
+        if before is not None and before[0] != shape:
+            raise ValueError(
+                f"Two layers have the path {path} and need feedback weights of different shapes,"
+                f" {before[0]} and {shape}. Layers of two models are told apart where the models"
+                " are handed over in one argument, a dict of them for instance; or exclude them"
+                " with `where`."
+            )
+        self.drawn[path] = shape, axes, dtype
+
     def cut(self, path: str, x: jax.Array, dtype: Any) -> jax.Array:
         """Cuts the gradient at the input of a layer, which the tap will make up for."""
-        if path == self.reached[0]:  # nothing before the first layer learns
+        if len(self.reached) == 1:  # nothing before the first layer learns
             if self.drawn is not None:
                 self.drawn[path] = None
             return x
@@ -307,7 +368,7 @@ class Call:
                 " `where`, or apply direct feedback alignment inside that transform."
             )
         if self.drawn is not None:
-            self.drawn[path] = None  # its number; the logits say the rest
+            self.drawn.setdefault(path, None)  # its number; the logits say the rest
         self.taps.append((path, x, dtype))
         return jax.lax.stop_gradient(x)
 
@@ -346,10 +407,11 @@ class Call:
                     f"Direct feedback alignment: the input of {path}, of shape {x.shape}, does"
                     f" not begin with the batch axes {batch} of the logits."
                 )
-            flat = x.reshape(*batch, -1).astype(logits.dtype)
+            size = math.prod(x.shape[len(batch) :])
+            flat = x.reshape(*batch, size).astype(logits.dtype)
             shape = (flat.shape[-1], logits.shape[-1])
             if self.drawn is not None:
-                self.drawn[path] = shape, Axes((0,), (1,), ()), dtype
+                self._draw(path, shape, Axes((0,), (1,), ()), dtype)
             else:
                 weights = jax.lax.stop_gradient(self.weights(path, shape))
                 terms.append(flat @ weights.astype(logits.dtype))
@@ -359,6 +421,17 @@ class Call:
     def close(self) -> None:
         """Lets go of all arrays: caches of JAX may keep the call as a part of their keys."""
         vars(self).update(feedback={}, taps=[], holders=[], outer=None)
+
+
+def _check_undivided(path: str, kernel: jax.Array, axes: Axes) -> None:
+    """Refuses a mean over weights that are, or may be, divided over devices."""
+    if axes.parts is None:
+        check_whole(kernel)
+    elif any(axes.parts):
+        raise ValueError(
+            f"{path} is divided over devices, and rule='uniform_sign' needs the root mean square of"
+            " the whole: use rule='fixed_sign'."
+        )
 
 
 def _first(out: Any) -> Any:
@@ -463,7 +536,7 @@ class Framework(NamedTuple):
         through time.
 
         The transformations compose, in any order. Where two of a kind select one layer, the
-        one that was applied last holds. Choose one form for a layer: with
+        one that was applied last holds, the outermost. Choose one form for a layer: with
         :func:`grapes_optax.scale_by_grapes` as well, its factor acts twice.
 
         Args:
@@ -608,7 +681,8 @@ class Framework(NamedTuple):
         .. math::
           \partial L / \partial x_l = B_l \, e, \qquad e = \partial L / \partial \mathrm{logits}
 
-        for the input x of every layer but the first; the gradient between layers is stopped.
+        for the input x of every layer but that called first; the gradient between layers is
+        stopped. Inputs begin with the batch axes of the logits.
         Activations, pooling and dropout between a layer and the next are differentiated as
         usual. The logits are what the function returns, or the first of what it returns, with
         the classes on the last axis. With this rule local and propagated GRAPES are the same:
@@ -648,12 +722,22 @@ class Framework(NamedTuple):
         return _transformed(self, forward, Rule("direct", where, _items(layers)))
 
 
+def _with_feedback(signature: inspect.Signature) -> inspect.Signature:
+    parameter = inspect.Parameter("feedback", inspect.Parameter.KEYWORD_ONLY)
+    before = list(signature.parameters.values())
+    rest = [before.pop()] if before and before[-1].kind == parameter.VAR_KEYWORD else []
+    return signature.replace(parameters=[*before, parameter, *rest])
+
+
 class Transformed:
     """A forward function with other derivatives."""
 
     def __init__(self, framework: Framework, forward: Forward, rules: tuple[Rule, ...]) -> None:
         functools.update_wrapper(self, forward, updated=())
         self.framework, self.forward, self.rules = framework, forward, rules
+        if self.reads_feedback:  # jax.jit may donate it by its name
+            with contextlib.suppress(TypeError, ValueError):
+                self.__signature__ = _with_feedback(inspect.signature(forward))
 
     @property
     def reads_feedback(self) -> bool:

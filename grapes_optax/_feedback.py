@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from grapes_optax._mesh import check_whole
 from grapes_optax._tree import path_string, tree_leaves
 
 
@@ -99,6 +100,7 @@ def alignment(first: optax.Params, second: optax.Params) -> dict[str, Alignment]
                 f"alignment: the second tree has no leaf {path} of shape {jnp.shape(a)}."
             )
         a, b = jnp.asarray(a), jnp.asarray(others[path])
+        check_whole(a)
         wide = jnp.promote_types(jnp.promote_types(a.dtype, b.dtype), jnp.float32)
         a, b = jnp.ravel(a).astype(wide), jnp.ravel(b).astype(wide)
         lengths = jnp.linalg.norm(a), jnp.linalg.norm(b)

@@ -68,6 +68,12 @@ def _see(call: Call, forward: Forward, args: Any, kwargs: Any) -> Any:
                 numbers, carry = numbers._replace(gates=4), parent.hidden_size
 
             def replaced(kernel: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
+                if changed:
+                    raise ValueError(
+                        f"{path[0]}/{name}: a custom getter changes the kernel, and would change"
+                        " its feedback weights too. Exclude it with `where`."
+                    )
+
                 def getter(next_getter: Any, value: Any, context: Any) -> jax.Array:
                     leaf = next_getter(value)
                     return kernel if context.name == name else jax.lax.stop_gradient(leaf)
@@ -77,7 +83,9 @@ def _see(call: Call, forward: Forward, args: Any, kwargs: Any) -> Any:
 
             first = getattr(module, "data_format", "")[1:2] == "C"
             trailing = module.num_spatial_dims if first else 0
-            kernel = leaves[name]
+            # As the module gets it, through the custom getters around it.
+            kernel = hk.get_parameter(name, leaves[name].shape, leaves[name].dtype)
+            changed = kernel is not leaves[name]
             seen = Seen((*path, name), numbers, kernel, next_fun, replaced, cell, carry, trailing)
             return call.layer(seen, args, kwargs)
         finally:

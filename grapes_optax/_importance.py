@@ -12,7 +12,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.core import Tracer
-from jax.sharding import NamedSharding, PartitionSpec, reshard
+from jax.sharding import PartitionSpec
+
+from grapes_optax._mesh import (
+    Parts,
+    check_whole,
+    in_line_with,
+    part_of,
+    parts_of,
+    whole,
+    whole_shape,
+    whole_sum,
+)
 
 Normalization = Literal["max", "mean"]
 Control = Literal["mean", "roll"]
@@ -36,11 +47,16 @@ class DimensionNumbers(NamedTuple):
       gates: number of gates that lie one after the other on the last node axis, each
         with a maximum of its own; all kernels of a group have the same. A bias as long
         as one gate belongs to the last.
+      spec: how the leaf lies over the axes of a mesh, as ``in_specs`` of ``jax.shard_map``
+        says; needed inside of it alone, where a leaf may be a part of an array, and
+        ignored outside. ``PartitionSpec()`` stands for a whole leaf, ``None`` says
+        nothing: a kernel that may be a part of one is then refused.
+        :func:`sharded` says it of a whole tree.
 
     Examples:
       >>> from grapes_optax import DimensionNumbers
       >>> DimensionNumbers()  # a Flax Dense kernel, (inputs, nodes)
-      DimensionNumbers(reduction_axis=0, output_axis=1, group=None, gates=1)
+      DimensionNumbers(reduction_axis=0, output_axis=1, group=None, gates=1, spec=None)
       >>> conv = DimensionNumbers(reduction_axis=(0, 1, 2), output_axis=3)
       >>> lstm = DimensionNumbers(1, 0, group="cell", gates=4)  # four gates, nodes first
     """
@@ -49,6 +65,7 @@ class DimensionNumbers(NamedTuple):
     output_axis: int | Sequence[int] = 1
     group: Hashable = None
     gates: int = 1
+    spec: PartitionSpec | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +122,7 @@ class Axes(NamedTuple):
     output: tuple[int, ...]
     stack: tuple[int, ...]
     gates: int = 1
+    parts: Parts | None = None  # what divides each axis here, if that is known
 
     @classmethod
     def of(
@@ -139,9 +157,14 @@ class Axes(NamedTuple):
     def kept(self) -> tuple[int, ...]:
         return self.stack + self.output
 
+    def divided(self, axes: Sequence[int]) -> Parts:
+        """What divides each of these axes here."""
+        return tuple(self.parts[axis] if self.parts else () for axis in axes)
+
     def shape(self, array: Shaped) -> tuple[int, ...]:
-        """Shape of the importance: stack axes first, then node axes."""
-        shape = tuple(array.shape[axis] for axis in self.kept)
+        """Shape of the importance of the whole array: stack axes first, then node axes."""
+        sizes = whole_shape(array.shape, self.parts)
+        shape = tuple(sizes[axis] for axis in self.kept)
         if shape[-1] % self.gates:
             raise ValueError(
                 f"{self.gates} gates do not divide the last node axis, of {shape[-1]} nodes."
@@ -173,6 +196,8 @@ def resolve_axes(numbers: object, array: Shaped) -> Axes:
         reduction=_axes_of("reduction_axis", numbers.reduction_axis, ndim),
         gates=getattr(numbers, "gates", 1),
     )
+    spec = getattr(numbers, "spec", None)
+    axes = axes._replace(parts=None if spec is None else parts_of(spec, ndim))
     axes.shape(array)
     return axes
 
@@ -201,7 +226,10 @@ def fan_in_axes(kernel: jax.Array, numbers: HasAxes | None) -> Axes:
 
 @functools.partial(jax.jit, static_argnames=("axes",), inline=True)
 def incoming_sum(kernel: jax.Array, axes: Axes) -> jax.Array:
-    """Sum of the absolute incoming weights, at least in float32, stack axes first."""
+    """Sum of the absolute incoming weights, at least in float32, stack axes first.
+
+    Of the whole kernel, also where this device holds a part of it.
+    """
     if not jnp.issubdtype(kernel.dtype, jnp.inexact):
         kernel = kernel.astype(jnp.float32)  # the magnitude of an int8 of -128 is no int8
     magnitude = jnp.abs(kernel)
@@ -209,30 +237,29 @@ def incoming_sum(kernel: jax.Array, axes: Axes) -> jax.Array:
     dtype = magnitude.dtype if magnitude.dtype == jnp.float64 else jnp.float32
     total = jnp.sum(magnitude, axis=axes.reduction, dtype=dtype)
     order = sorted(axes.kept)
-    return jnp.transpose(total, [order.index(axis) for axis in axes.kept])
+    total = jnp.transpose(total, [order.index(axis) for axis in axes.kept])
+    summed = itertools.chain(*axes.divided(axes.reduction))
+    return whole_sum(total, axes.divided(axes.kept), tuple(summed))
 
 
 def expand(factor: jax.Array, axes: Axes) -> jax.Array:
     """Puts a factor of shape stack + nodes in line with the leaf that `axes` describe."""
     order = sorted(axes.kept)
     return jnp.expand_dims(
-        jnp.transpose(factor, [axes.kept.index(axis) for axis in order]), axes.reduction
+        jnp.transpose(here(factor, axes), [axes.kept.index(axis) for axis in order]),
+        axes.reduction,
     )
+
+
+def here(nodes: jax.Array, axes: Axes) -> jax.Array:
+    """The entries for the nodes that this device holds, of an array of shape stack + nodes."""
+    return part_of(nodes, axes.divided(axes.kept))
 
 
 def scale(x: jax.Array, factor: jax.Array) -> jax.Array:
     """Product with a factor that broadcasts against `x`, of the type and sharding of `x`."""
     x = jnp.asarray(x)
-    sharding = jax.typeof(x).sharding
-    # A factor from a sharded kernel lies as the update does: a bias may be sharded otherwise.
-    spec = PartitionSpec(
-        *(
-            axis if n == m else None
-            for axis, n, m in zip(sharding.spec, factor.shape, x.shape, strict=True)
-        )
-    )
-    if jax.typeof(factor).sharding.spec != spec:
-        factor = reshard(factor, NamedSharding(sharding.mesh, spec))
+    factor = in_line_with(factor, x)
     # The product is taken in the wider type: a bfloat16 factor would be off by 0.4 %.
     wide = max(x.dtype, factor.dtype, key=lambda dtype: dtype.itemsize)
     return (x.astype(wide) * factor.astype(wide)).astype(x.dtype)
@@ -352,11 +379,16 @@ def factor_of(
 
 def layer_factor(kernels: Sequence[jax.Array], axes: Sequence[Axes], options: Options) -> jax.Array:
     """Factor of the nodes of a layer whose kernels are summed into one pre-activation."""
-    shape = axes[0].shape(kernels[0])
-    sums = [incoming_sum(k, axes=a).reshape(shape) for k, a in zip(kernels, axes, strict=True)]
+    shape, gates = axes[0].shape(kernels[0]), axes[0].gates
+    for kernel, known in zip(kernels, axes, strict=True):
+        if known.parts is None:
+            check_whole(kernel)
+    sums = [incoming_sum(k, axes=a) for k, a in zip(kernels, axes, strict=True)]
+    if len(sums) > 1 or gates > 1:  # sums that may lie otherwise, or axes that get another shape
+        sums = [whole(s).reshape(shape) for s in sums]
     wide = max((s.dtype for s in sums), key=lambda dtype: dtype.itemsize)
     importance = functools.reduce(jnp.add, (s.astype(wide) for s in sums))
-    return factor_of(importance, len(axes[0].output), axes[0].gates, *options)
+    return factor_of(importance, len(axes[0].output), gates, *options)
 
 
 def node_importance(
@@ -393,7 +425,10 @@ def node_importance(
       <https://doi.org/10.1038/s41467-022-29491-2>`_, 2022
     """
     kernel = kernel_array(kernel)
-    return incoming_sum(kernel, axes=fan_in_axes(kernel, weight_dimension_numbers))
+    axes = fan_in_axes(kernel, weight_dimension_numbers)
+    if axes.parts is None:
+        check_whole(kernel)
+    return here(incoming_sum(kernel, axes=axes), axes)
 
 
 def importance_factor(
@@ -453,4 +488,4 @@ def importance_factor(
     options = Options(gain, bounds, normalization, control).checked()
     kernel = kernel_array(kernel)
     axes = fan_in_axes(kernel, weight_dimension_numbers)
-    return layer_factor([kernel], [axes], options)
+    return here(layer_factor([kernel], [axes], options), axes)

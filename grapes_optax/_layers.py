@@ -5,6 +5,7 @@ added to it; all share one factor. This module turns a parameter tree and a desc
 of its leaves into a list of layers.
 """
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Hashable, Iterable, Iterator
@@ -13,6 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import PartitionSpec
 
 from grapes_optax._importance import (
     Axes,
@@ -24,6 +26,7 @@ from grapes_optax._importance import (
     layer_factor,
     resolve_axes,
 )
+from grapes_optax._mesh import Parts, parts_of, whole, whole_shape
 from grapes_optax._names import (
     ByPath,
     Group,
@@ -80,7 +83,8 @@ class Layer(NamedTuple):
             one_gate = math.prod(member.shape) < factor.size
             # A bias as long as one gate belongs to the last.
             part = factor[..., -(factor.shape[-1] // self.gates) :] if one_gate else factor
-            yield member, part.reshape(member.shape)
+            same = part.shape == member.shape
+            yield member, part if same else whole(part).reshape(member.shape)
 
 
 def _given(numbers: WeightDimNumOrFn, params: optax.Params) -> dict[Path, Given]:
@@ -226,6 +230,8 @@ def resolve_layers(
         if isinstance(leaf.array, str):
             raise TypeError(f"params hold {leaf.array!r} at {path_string(leaf.path)}: no array.")
     numbers = ByPath() if weight_dimension_numbers is None else weight_dimension_numbers
+    if isinstance(numbers, Sharded):
+        return numbers.layers(params, quiet=quiet)
     if isinstance(numbers, ByPath):
         reading = read_names(params, numbers.where)
     else:
@@ -237,6 +243,103 @@ def resolve_layers(
         groups.setdefault(group, []).append(Member(path, leaves[path].array, axes))
     layers = [_layer(group, members) for group, members in groups.items()]
     return Layers(layers, reading.reasons)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sharded:
+    """A description, and how the leaves lie inside ``jax.shard_map``: see :func:`sharded`."""
+
+    weight_dimension_numbers: WeightDimNumOrFn
+    specs: optax.Params
+
+    def layers(self, params: optax.Params, *, quiet: bool = False) -> Layers:
+        """The layers of the whole arrays, with the parts of them that are here."""
+        leaves = {leaf.path: leaf for leaf in tree_leaves(params)}
+        parts = self._parts(leaves)
+
+        def whole(keys: jax.tree_util.KeyPath, leaf: jax.Array) -> jax.ShapeDtypeStruct:
+            shape = whole_shape(jnp.shape(leaf), parts[path_names(keys)])
+            return jax.ShapeDtypeStruct(shape, jnp.result_type(leaf))
+
+        arrays = jax.tree_util.tree_map_with_path(whole, params)
+        layers, reasons = resolve_layers(arrays, self.weight_dimension_numbers, quiet=quiet)
+        for path, _, axes in (m for _, kernels, biases in layers for m in kernels + biases):
+            if axes.parts is not None:
+                raise ValueError(f"sharded: {path_string(path)} has a spec in its description too.")
+
+        def here(members: tuple[Member, ...]) -> tuple[Member, ...]:
+            return tuple(
+                Member(path, leaves[path].array, axes._replace(parts=parts[path]))
+                for path, _, axes in members
+            )
+
+        layers = [Layer(group, here(kernels), here(biases)) for group, kernels, biases in layers]
+        return Layers(layers, reasons)
+
+    def _parts(self, leaves: dict[Path, Leaf]) -> dict[Path, Parts]:
+        flat = jax.tree_util.tree_leaves_with_path(self.specs, is_leaf=lambda x: x is None)
+        specs = {path_names(keys): spec for keys, spec in flat}
+        parts = {}
+        for path, leaf in leaves.items():
+            above = (path[:n] for n in range(len(path), -1, -1))
+            cover = next((beginning for beginning in above if beginning in specs), None)
+            if cover is None:
+                raise ValueError(
+                    "sharded: the specs do not fit the parameters, they say nothing of"
+                    f" {path_string(path)}."
+                )
+            try:
+                parts[path] = parts_of(specs[cover], leaf.ndim)
+            except ValueError as error:
+                raise ValueError(f"sharded: {path_string(path)}: {error}") from error
+        return parts
+
+
+def sharded(weight_dimension_numbers: WeightDimNumOrFn, specs: optax.Params) -> Sharded:
+    """A description of parameters that are parts of arrays, inside ``jax.shard_map``.
+
+    Sums over a divided fan-in, and maxima over divided nodes, are then those of the whole
+    layer: at the cost of one reduction of node vectors for each kernel that is divided.
+    Names and shapes are read as those of the whole arrays. Outside of ``jax.shard_map``
+    (in ``init`` for instance) the description is as it was; ``jax.jit`` needs none of this.
+
+    Args:
+      weight_dimension_numbers: as in :func:`scale_by_grapes`.
+      specs: the ``in_specs`` of the parameters: a ``jax.sharding.PartitionSpec`` for all, or
+        a tree of them that fits the parameters or is a prefix of them.
+
+    Returns:
+      A description for every function that takes ``weight_dimension_numbers`` of a tree.
+
+    Raises:
+      TypeError: if `specs` holds anything else.
+      ValueError: in those functions, if `specs` says nothing of a leaf, has more entries
+        than it has axes, or names no axis of the mesh.
+
+    Examples:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> from jax.sharding import PartitionSpec as P
+      >>> from grapes_optax import scale_by_grapes, sharded
+      >>> params = {"kernel": jnp.array([[1.0, -2.0, 0.0], [2.0, 2.0, 1.0]])}
+      >>> specs = {"kernel": P("model", None)}  # the fan-in, over devices
+      >>> tx = scale_by_grapes(sharded(None, specs))
+      >>> def update(grads, params):
+      ...     return tx.update(grads, tx.init(params), params)[0]
+      >>> mesh = jax.make_mesh((1,), ("model",))
+      >>> update = jax.shard_map(update, mesh=mesh, in_specs=(specs, specs), out_specs=specs)
+
+    References:
+      Dellaferrera et al., `Introducing principles of synaptic integration in the
+      optimization of deep neural networks
+      <https://doi.org/10.1038/s41467-022-29491-2>`_, 2022
+    """
+    for spec in jax.tree.leaves(specs, is_leaf=lambda x: x is None):
+        if not isinstance(spec, PartitionSpec):
+            raise TypeError(
+                f"specs must be a jax.sharding.PartitionSpec, or a tree of them; got {spec!r}."
+            )
+    return Sharded(weight_dimension_numbers, specs)
 
 
 def _layer(group: Group, members: list[Member]) -> Layer:

@@ -77,7 +77,9 @@ def _see(call: Call, forward: Forward, args: Any, kwargs: Any) -> Any:
 
         path, cell = (*module.path, name), _cell(module.parent)
         leading = {nn.DenseGeneral: True, nn.ConvLocal: False}.get(call.base(type(module)))
-        seen = Seen(path, numbers, params[name], next_fun, replaced, cell, leading=leading)
+        kernel, mask = params[name], getattr(module, "mask", None)
+        kernel = kernel if mask is None else kernel * mask
+        seen = Seen(path, numbers, kernel, next_fun, replaced, cell, leading=leading)
         return call.layer(seen, args, kwargs)
 
     with nn.intercept_methods(intercept):

@@ -13,6 +13,7 @@ from grapes_optax._importance import (
     Normalization,
     Options,
     fan_in_axes,
+    here,
     is_description,
     kernel_array,
     layer_factor,
@@ -143,5 +144,5 @@ def modulate_error(
     gates = [a.gates for a in axes]
     if any(count != gates[0] for count in gates):
         raise ValueError(f"Kernels summed into one z must have the same gates, got {gates}.")
-    factor = layer_factor(arrays, axes, options)
+    factor = here(layer_factor(arrays, axes, options), axes[0])
     return scale_tangent(z, align(factor, len(axes[0].output), z))

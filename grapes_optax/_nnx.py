@@ -77,7 +77,9 @@ def _call_layer(self: Any, *args: Any, **kwargs: Any) -> jax.Array:
             if isinstance(layer, tuple(call.layers)) and "kernel" in vars(layer):
                 cell[(*holder.grapes_hook.path, part, "kernel")] = layer.kernel[...]
     natural = functools.partial(_base(self).__call__, self)
-    seen = Seen((*path, name), numbers, variables[name][...], natural, replaced, cell, leading=True)
+    kernel, mask = variables[name][...], getattr(self, "mask", None)
+    kernel = kernel if mask is None else kernel * mask
+    seen = Seen((*path, name), numbers, kernel, natural, replaced, cell, leading=True)
     return call.layer(seen, args, kwargs)
 
 
@@ -171,7 +173,7 @@ class _Copies:
         for original, other, before in self.modules.values():
             after = vars(other)
             for name in before.keys() - after.keys():
-                vars(original).pop(name)
+                vars(original).pop(name, None)
             for name, value in after.items():
                 if name not in before or value is not before[name]:
                     vars(original)[name] = self.restored(value)

@@ -8,6 +8,7 @@ import optax
 
 from grapes_optax._importance import Control, Normalization, Options, WeightDimNumOrFn
 from grapes_optax._layers import Layer, Member, resolve_layers
+from grapes_optax._mesh import whole_shape
 from grapes_optax._tree import path_names, path_string, tree_leaves
 
 _TEXT = "path", "shape", "role", "group"
@@ -22,7 +23,7 @@ def _statistics(layer: Layer, options: Options) -> list[str]:
 
 
 def _sizes(member: Member) -> list[str]:
-    shape = np.shape(member.array)
+    shape = whole_shape(np.shape(member.array), member.axes.parts)
     return [
         str(math.prod(shape[axis] for axis in axes)) if axes else "" for axes in member.axes[:3]
     ]

@@ -225,11 +225,11 @@ def infer_dimension_numbers(
       ...           "v": jnp.ones((7, 3))}
       >>> description = infer_dimension_numbers(network, params, jnp.ones(5), jnp.ones(7))
       >>> description["u"]
-      DimensionNumbers(reduction_axis=(1,), output_axis=(0,), group='u', gates=1)
+      DimensionNumbers(reduction_axis=(1,), output_axis=(0,), group='u', gates=1, spec=None)
       >>> description["w"]
-      DimensionNumbers(reduction_axis=(0,), output_axis=(1,), group='u', gates=1)
+      DimensionNumbers(reduction_axis=(0,), output_axis=(1,), group='u', gates=1, spec=None)
       >>> description["b"]
-      DimensionNumbers(reduction_axis=(), output_axis=(0,), group='u', gates=1)
+      DimensionNumbers(reduction_axis=(), output_axis=(0,), group='u', gates=1, spec=None)
       >>> description["v"]
       LeftAlone(reason='output')
 

@@ -279,3 +279,25 @@ def test_what_is_no_layer_of_haiku():
     apply, params = transformed(unroll, x)
     with pytest.raises(ValueError, match=r"gru/w_.: GRU is no layer"):
         ghk.propagated(apply)(params, x)
+
+
+def test_custom_getters_of_haiku():
+    def cubed(next_getter, value, context):
+        value = next_getter(value)
+        return value**3 if context.name == "w" else value
+
+    def net(x):
+        with hk.custom_getter(cubed):
+            return hk.Linear(3)(x)
+
+    x = normal(4, 5)
+    apply, params = transformed(net, x)
+    forward = ghk.propagated(apply, bounds=None)
+    grads = jax.grad(lambda params: forward(params, x).sum())(params)["linear"]["b"]
+    importance = reference.node_importance(np.asarray(params["linear"]["w"]) ** 3, 0, 1)
+    expected = 4 * reference.factor(importance, 1, bounds=None)
+    np.testing.assert_allclose(grads, expected, rtol=1e-5)
+    aligned = ghk.feedback_alignment(apply)
+    feedback = ghk.init_feedback(jax.random.key(0), aligned, params, x)
+    with pytest.raises(ValueError, match="linear/w: a custom getter changes the kernel"):
+        aligned(params, x, feedback=feedback)

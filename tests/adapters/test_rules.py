@@ -121,6 +121,33 @@ def test_of_two_rules_of_a_kind_the_last_one_holds(run, model):
     assert_close(gradients(run, forward, model), expected(run, model, "propagated"))
 
 
+def test_the_outer_rule_holds_over_one_in_a_function_that_it_calls(run, model):
+    inner = run.grapes.propagated(run.forward, hidden(run), control="mean")
+    outer = run.grapes.propagated(lambda model, x: inner(model, x), hidden(run))
+    assert_close(gradients(run, outer, model), expected(run, model, "propagated"))
+
+
+def test_feedback_weights_with_two_arrays_for_one_layer(run, model):
+    forward, kwargs = transformed(run, "aligned")
+    doubled = {**kwargs["feedback"], "params": kwargs["feedback"]}
+    with pytest.raises(ValueError, match=f"two arrays for {run.paths[0]}"):
+        forward(model, ONE, feedback=doubled)
+
+
+def test_feedback_weights_are_donated_by_their_name(run, model):
+    forward, _ = transformed(run, "aligned")
+    jax.jit(forward, donate_argnames=("feedback",))
+    feedback = inspect.signature(forward).parameters["feedback"]
+    assert feedback.kind == feedback.KEYWORD_ONLY
+
+
+def test_an_empty_batch(run, model):
+    for rule in "aligned", "direct":
+        forward, kwargs = transformed(run, rule)
+        grads = gradients(run, forward, model, X[:0], **kwargs)
+        assert all(not np.any(leaf) for pair in grads for leaf in pair)
+
+
 @pytest.mark.parametrize("inner", ["propagated", "aligned"])
 def test_transformed_function_that_is_called_by_another(run, model, inner):
     # The whole loss may be the forward function, and call one that is transformed already.
@@ -177,11 +204,9 @@ def test_transformations(run, model, rule, transform):
         )
 
     def sharded(gradient):
-        def summed(arrays, x):
-            return jax.tree.map(lambda leaf: jax.lax.psum(leaf, "batch"), gradient(arrays, x))
-
+        # The gradient of what is whole on all devices is summed over them.
         specs = {"mesh": mesh, "in_specs": (whole, batch), "out_specs": whole}
-        return jax.jit(jax.shard_map(summed, **specs, check_vma=False))
+        return jax.jit(jax.shard_map(gradient, **specs))
 
     def scanned(gradient):
         return lambda arrays, x: jax.tree.map(
@@ -350,9 +375,10 @@ def test_the_function_bears_the_name_of_its_forward(run):
         """Mine."""
         return run.forward(model, x)
 
-    wrapped = run.grapes.propagated(run.grapes.feedback_alignment(forward))
-    assert (wrapped.__name__, wrapped.__doc__) == ("forward", "Mine.")
-    assert inspect.signature(wrapped) == inspect.signature(forward)
+    for wrapped in run.grapes.propagated(forward), run.grapes.feedback_alignment(forward):
+        assert (wrapped.__name__, wrapped.__doc__) == ("forward", "Mine.")
+    assert str(inspect.signature(run.grapes.propagated(forward))) == "(model, x)"
+    assert str(inspect.signature(wrapped)) == "(model, x, *, feedback)"
 
 
 # Feedback weights.
