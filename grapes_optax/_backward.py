@@ -12,6 +12,7 @@ import inspect
 import itertools
 import math
 import re
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -142,16 +143,17 @@ _IN_FLIGHT = jax.make_user_context(default_value=None)
 
 
 class _Same:
-    """An array as a key: equal to itself alone."""
+    """An array as a key: equal to itself alone, and to nothing once it is gone."""
 
     def __init__(self, array: jax.Array) -> None:
-        self.array = array
+        self.array, self.number = weakref.ref(array), id(array)
 
     def __hash__(self) -> int:
-        return id(self.array)
+        return self.number
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and self.array is other.array
+        array = self.array()
+        return isinstance(other, _Same) and array is not None and array is other.array()
 
 
 class Call:
@@ -175,7 +177,7 @@ class Call:
         self.holders: list[Any] = []  # recurrent cells that are being called
         self.taps: list[tuple[str, jax.Array, Any]] = []
         # What is traced once and for all within the call holds its feedback weights: it may be
-        # used again with the same arrays alone, which the key keeps, so that they stay the same.
+        # used again with the same arrays alone.
         # Without a trace around, a key of each call's own would compile every operation anew.
         self.key: Any = object()
         arrays = tuple(self.feedback.values())

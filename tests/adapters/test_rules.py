@@ -3,9 +3,11 @@
 import asyncio
 import copy
 import functools
+import gc
 import inspect
 import pickle
 import threading
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -139,6 +141,15 @@ def test_feedback_weights_are_donated_by_their_name(run, model):
     jax.jit(forward, donate_argnames=("feedback",))
     feedback = inspect.signature(forward).parameters["feedback"]
     assert feedback.kind == feedback.KEYWORD_ONLY
+
+
+def test_feedback_weights_are_let_go(run, model):
+    forward, kwargs = transformed(run, "aligned")
+    forward(model, ONE, **kwargs)
+    gone = [weakref.ref(leaf) for leaf in kwargs["feedback"].values()]
+    del kwargs
+    gc.collect()
+    assert not any(ref() is not None for ref in gone)
 
 
 def test_an_empty_batch(run, model):
