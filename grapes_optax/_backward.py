@@ -49,11 +49,14 @@ Layers = Mapping[type, Numbers]
 HE_UNIFORM: Initializer = jax.nn.initializers.he_uniform()
 
 
+def _all_but(module: Any, ndim: int, output: int) -> DimensionNumbers:
+    fan_in = tuple(axis for axis in range(ndim) if axis != output % ndim)
+    return DimensionNumbers(fan_in, output)
+
+
 def all_but(output: int) -> Callable[[Any, int], DimensionNumbers]:
     """Nodes on one axis, fan-in on all others."""
-    return lambda module, ndim: DimensionNumbers(
-        tuple(axis for axis in range(ndim) if axis != output % ndim), output
-    )
+    return functools.partial(_all_but, output=output)
 
 
 # The rules.
@@ -741,6 +744,10 @@ class Transformed:
             with contextlib.suppress(TypeError, ValueError):
                 self.__signature__ = _with_feedback(inspect.signature(forward))
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For pickle, without what is copied from the forward function."""
+        return Transformed, (self.framework, self.forward, self.rules)
+
     @property
     def reads_feedback(self) -> bool:
         return any(rule.kind != "propagated" for rule in self.rules)
@@ -770,7 +777,7 @@ def _transformed(framework: Framework, forward: Forward, rule: Rule) -> Transfor
     if rule.where is not None and not callable(rule.where):
         raise TypeError(f"`where` must be a function of a path, or None; got {rule.where!r}.")
     rules = (rule,)
-    if isinstance(forward, Transformed) and forward.framework is framework:
+    if isinstance(forward, Transformed) and forward.framework.see is framework.see:
         forward, rules = forward.forward, rules + forward.rules
     return Transformed(framework, forward, rules)
 

@@ -381,6 +381,19 @@ def test_pickle_before_during_and_after(run, rule):
         assert_close(gradients(run, run.forward, other), expected(run, model, "plain"))
 
 
+def test_transformed_functions_are_pickled(run, model):
+    forward = run.grapes.feedback_alignment(run.grapes.propagated(run.forward))
+    try:
+        pickle.dumps(run.forward)
+    except (pickle.PicklingError, AttributeError):
+        pytest.skip("this forward function is not pickled itself")
+    other = run.grapes.propagated(pickle.loads(pickle.dumps(forward)))
+    assert len(other.rules) == 3
+    kwargs = {"feedback": feedback_of(run)}
+    values = (value(run, f, model, X, **kwargs) for f in (forward, other))
+    np.testing.assert_array_equal(*values)
+
+
 def test_the_function_bears_the_name_of_its_forward(run):
     def forward(model, x):
         """Mine."""
