@@ -12,6 +12,7 @@ import inspect
 import itertools
 import math
 import re
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -48,11 +49,14 @@ Layers = Mapping[type, Numbers]
 HE_UNIFORM: Initializer = jax.nn.initializers.he_uniform()
 
 
+def _all_but(module: Any, ndim: int, output: int) -> DimensionNumbers:
+    fan_in = tuple(axis for axis in range(ndim) if axis != output % ndim)
+    return DimensionNumbers(fan_in, output)
+
+
 def all_but(output: int) -> Callable[[Any, int], DimensionNumbers]:
     """Nodes on one axis, fan-in on all others."""
-    return lambda module, ndim: DimensionNumbers(
-        tuple(axis for axis in range(ndim) if axis != output % ndim), output
-    )
+    return functools.partial(_all_but, output=output)
 
 
 # The rules.
@@ -142,16 +146,17 @@ _IN_FLIGHT = jax.make_user_context(default_value=None)
 
 
 class _Same:
-    """An array as a key: equal to itself alone."""
+    """An array as a key: equal to itself alone, and to nothing once it is gone."""
 
     def __init__(self, array: jax.Array) -> None:
-        self.array = array
+        self.array, self.number = weakref.ref(array), id(array)
 
     def __hash__(self) -> int:
-        return id(self.array)
+        return self.number
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and self.array is other.array
+        array = self.array()
+        return isinstance(other, _Same) and array is not None and array is other.array()
 
 
 class Call:
@@ -175,7 +180,7 @@ class Call:
         self.holders: list[Any] = []  # recurrent cells that are being called
         self.taps: list[tuple[str, jax.Array, Any]] = []
         # What is traced once and for all within the call holds its feedback weights: it may be
-        # used again with the same arrays alone, which the key keeps, so that they stay the same.
+        # used again with the same arrays alone.
         # Without a trace around, a key of each call's own would compile every operation anew.
         self.key: Any = object()
         arrays = tuple(self.feedback.values())
@@ -739,6 +744,10 @@ class Transformed:
             with contextlib.suppress(TypeError, ValueError):
                 self.__signature__ = _with_feedback(inspect.signature(forward))
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For pickle, without what is copied from the forward function."""
+        return Transformed, (self.framework, self.forward, self.rules)
+
     @property
     def reads_feedback(self) -> bool:
         return any(rule.kind != "propagated" for rule in self.rules)
@@ -768,7 +777,7 @@ def _transformed(framework: Framework, forward: Forward, rule: Rule) -> Transfor
     if rule.where is not None and not callable(rule.where):
         raise TypeError(f"`where` must be a function of a path, or None; got {rule.where!r}.")
     rules = (rule,)
-    if isinstance(forward, Transformed) and forward.framework is framework:
+    if isinstance(forward, Transformed) and forward.framework.see is framework.see:
         forward, rules = forward.forward, rules + forward.rules
     return Transformed(framework, forward, rules)
 

@@ -30,14 +30,16 @@ def _dense_general(module: Any, ndim: int) -> DimensionNumbers:
     return DimensionNumbers(tuple(range(batch, ndim - nodes)), tuple(range(ndim - nodes, ndim)))
 
 
+def _conv_transpose(module: Any, ndim: int) -> DimensionNumbers:
+    return all_but(-2 if module.transpose_kernel else -1)(module, ndim)
+
+
 _LAYERS = {
     nn.Dense: all_but(-1),
     nn.DenseGeneral: _dense_general,
     nn.Conv: all_but(-1),
     nn.ConvLocal: DimensionNumbers(-2, -1),
-    nn.ConvTranspose: lambda module, ndim: all_but(-2 if module.transpose_kernel else -1)(
-        module, ndim
-    ),
+    nn.ConvTranspose: _conv_transpose,
 }
 
 

@@ -35,13 +35,15 @@ def _linear_general(layer: Any, ndim: int) -> DimensionNumbers:
     return DimensionNumbers(tuple(range(batch, ndim - nodes)), tuple(range(ndim - nodes, ndim)))
 
 
+def _conv_transpose(layer: Any, ndim: int) -> DimensionNumbers:
+    return all_but(-2 if layer.transpose_kernel else -1)(layer, ndim)
+
+
 _LAYERS = {
     nnx.Linear: all_but(-1),
     nnx.LinearGeneral: _linear_general,
     nnx.Conv: all_but(-1),
-    nnx.ConvTranspose: lambda layer, ndim: all_but(-2 if layer.transpose_kernel else -1)(
-        layer, ndim
-    ),
+    nnx.ConvTranspose: _conv_transpose,
 }
 
 

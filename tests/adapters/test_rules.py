@@ -3,9 +3,11 @@
 import asyncio
 import copy
 import functools
+import gc
 import inspect
 import pickle
 import threading
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -139,6 +141,15 @@ def test_feedback_weights_are_donated_by_their_name(run, model):
     jax.jit(forward, donate_argnames=("feedback",))
     feedback = inspect.signature(forward).parameters["feedback"]
     assert feedback.kind == feedback.KEYWORD_ONLY
+
+
+def test_feedback_weights_are_let_go(run, model):
+    forward, kwargs = transformed(run, "aligned")
+    forward(model, ONE, **kwargs)
+    gone = [weakref.ref(leaf) for leaf in kwargs["feedback"].values()]
+    del kwargs
+    gc.collect()
+    assert not any(ref() is not None for ref in gone)
 
 
 def test_an_empty_batch(run, model):
@@ -368,6 +379,19 @@ def test_pickle_before_during_and_after(run, rule):
             type(m) for m in jax.tree.leaves(model)
         ]
         assert_close(gradients(run, run.forward, other), expected(run, model, "plain"))
+
+
+def test_transformed_functions_are_pickled(run, model):
+    forward = run.grapes.feedback_alignment(run.grapes.propagated(run.forward))
+    try:
+        pickle.dumps(run.forward)
+    except (pickle.PicklingError, AttributeError):
+        pytest.skip("this forward function is not pickled itself")
+    other = run.grapes.propagated(pickle.loads(pickle.dumps(forward)))
+    assert len(other.rules) == 3
+    kwargs = {"feedback": feedback_of(run)}
+    values = (value(run, f, model, X, **kwargs) for f in (forward, other))
+    np.testing.assert_array_equal(*values)
 
 
 def test_the_function_bears_the_name_of_its_forward(run):
