@@ -38,7 +38,8 @@ def test_second_run_in_a_folder_is_refused_and_the_first_keeps_its_lines(tmp_pat
 def hold(path, ready):
     folder = Folder(path, plan("memory", "smoke"))
     ready.set()
-    folder.lock = multiprocessing.Event().wait()  # until it is killed
+    multiprocessing.Event().wait()  # until it is killed
+    folder.stream.close()
 
 
 def test_lock_goes_with_its_process(tmp_path):
@@ -66,8 +67,20 @@ def test_lock_is_free_after_a_refusal_of_what_the_folder_holds(tmp_path):
 
 @pytest.mark.parametrize(
     "line",
-    ["{", "\x00\x00", "17", "[]", "null", '"run"', "{}", '{"kind":"other"}', '{"kind":["run"]}']
-    + ['{"kind":"run"}', '{"kind":"unit","cell":0}', '{"kind":"epoch"}'],
+    [
+        "{",
+        "\x00\x00",
+        "17",
+        "[]",
+        "null",
+        '"run"',
+        "{}",
+        '{"kind":"other"}',
+        '{"kind":["run"]}',
+        '{"kind":"run"}',
+        '{"kind":"unit","cell":0}',
+        '{"kind":"epoch"}',
+    ],
 )
 def test_damaged_line_is_named(line, tmp_path, capsys):
     file = tmp_path / records.NAME
