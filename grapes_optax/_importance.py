@@ -329,7 +329,7 @@ def _check_gain(gain: object) -> None:
     if np.shape(gain) or not _is_real(gain):
         raise ValueError(f"gain must be one real number, got {gain!r}.")
     if not isinstance(gain, Tracer) and not 0 <= float(gain) <= _LARGEST:
-        raise ValueError(f"gain must be finite in float32 and not negative, got {gain}.")
+        raise ValueError(f"gain must be finite and not negative, got {gain} (in float32).")
 
 
 def _checked_bounds(bounds: tuple[float, float] | None) -> tuple[float, float] | None:
@@ -343,8 +343,8 @@ def _checked_bounds(bounds: tuple[float, float] | None) -> tuple[float, float] |
         ) from error
     if not 0 <= low <= high or low > _LARGEST:
         raise ValueError(
-            "bounds must satisfy 0 <= low <= high, with low finite in float32, got"
-            f" {bounds}; None does not clip."
+            f"bounds must satisfy 0 <= low <= high, got {bounds}; None does not clip. Low is finite"
+            " in float32."
         )
     return low, high
 

@@ -349,5 +349,5 @@ def test_updates_of_integers_are_refused(dtype):
 @pytest.mark.parametrize("options", [{"gain": 1e39}, {"bounds": (1e39, 1e40)}])
 def test_options_beyond_the_largest_float(options):
     for refused in importance_factor, lambda _, **kw: grapes_sgd(0.1, **kw):
-        with pytest.raises(ValueError, match="finite in float32"):
+        with pytest.raises(ValueError, match=r"finite.*in float32"):
             refused(jnp.ones((2, 3)), **options)
