@@ -259,6 +259,8 @@ def here(nodes: jax.Array, axes: Axes) -> jax.Array:
 def scale(x: jax.Array, factor: jax.Array) -> jax.Array:
     """Product with a factor that broadcasts against `x`, of the type and sharding of `x`."""
     x = jnp.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.inexact):
+        raise TypeError(f"The update of a node must be of floats, got {x.dtype}.")
     factor = in_line_with(factor, x)
     # The product is taken in the wider type: a bfloat16 factor would be off by 0.4 %.
     wide = max(x.dtype, factor.dtype, key=lambda dtype: dtype.itemsize)
@@ -277,10 +279,10 @@ def _neighbour(factor: jax.Array, nodes: tuple[int, ...]) -> jax.Array:
     return factor.at[index].get(out_sharding=jax.typeof(factor).sharding)
 
 
-# Weights of magnitude 0 bound the maximum of a layer without nodes.
+# Of importances relative to the strongest node, since the mean of large floats overflows.
 NORMALIZERS: dict[str, Callable[..., jax.Array]] = {
-    "max": functools.partial(jnp.max, initial=0.0),
-    "mean": jnp.mean,
+    "max": lambda relative, nodes: relative,
+    "mean": lambda relative, nodes: relative / jnp.mean(relative, axis=nodes, keepdims=True),
 }
 CONTROLS: dict[str | None, Callable[..., jax.Array]] = {
     None: lambda factor, nodes: factor,
@@ -308,6 +310,9 @@ class Options(NamedTuple):
         return self._replace(bounds=_checked_bounds(self.bounds))
 
 
+_LARGEST = float(np.finfo(np.float32).max)
+
+
 def _is_real(x: jax.typing.ArrayLike) -> bool:
     dtype = jnp.result_type(x)
     return jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)
@@ -323,8 +328,8 @@ def _check_gain(gain: object) -> None:
         )
     if np.shape(gain) or not _is_real(gain):
         raise ValueError(f"gain must be one real number, got {gain!r}.")
-    if not isinstance(gain, Tracer) and not 0 <= float(gain) < math.inf:
-        raise ValueError(f"gain must be finite and not negative, got {gain}.")
+    if not isinstance(gain, Tracer) and not 0 <= float(gain) <= _LARGEST:
+        raise ValueError(f"gain must be finite and not negative, got {gain} (in float32).")
 
 
 def _checked_bounds(bounds: tuple[float, float] | None) -> tuple[float, float] | None:
@@ -336,8 +341,11 @@ def _checked_bounds(bounds: tuple[float, float] | None) -> tuple[float, float] |
         raise ValueError(
             f"bounds must be a pair of numbers (low, high), or None not to clip; got {bounds!r}."
         ) from error
-    if not 0 <= low <= high or low == math.inf:
-        raise ValueError(f"bounds must satisfy 0 <= low <= high, got {bounds}; None does not clip.")
+    if not 0 <= low <= high or low > _LARGEST:
+        raise ValueError(
+            f"bounds must satisfy 0 <= low <= high, got {bounds}; None does not clip. Low is finite"
+            " in float32."
+        )
     return low, high
 
 
@@ -366,11 +374,15 @@ def factor_of(
         importance = importance.reshape(*shape[:-1], gates, shape[-1] // gates)
         importance = jnp.moveaxis(importance, -2, -1 - node_ndim)
     nodes = tuple(range(importance.ndim - node_ndim, importance.ndim))
-    norm = NORMALIZERS[normalization](importance, axis=nodes, keepdims=True)
-    silent = norm == 0
-    # XLA may multiply by a rounded reciprocal; the strongest node gets exactly the gain.
-    ratio = jnp.where(importance == norm, 1, importance / jnp.where(silent, 1, norm))
-    factor = jnp.asarray(gain, importance.dtype) * ratio
+    # XLA may multiply by a rounded reciprocal, which of the largest floats would be zero. Hence
+    # the quarter, and the strongest node, which gets exactly the gain. So do several of infinite
+    # importance, which count as equally strong.
+    importance = importance / 4
+    # Weights of magnitude 0 bound the maximum of a layer without nodes.
+    strongest = jnp.max(importance, axis=nodes, keepdims=True, initial=0.0)
+    silent = strongest == 0
+    relative = jnp.where(importance == strongest, 1, importance / jnp.where(silent, 1, strongest))
+    factor = jnp.asarray(gain, importance.dtype) * NORMALIZERS[normalization](relative, nodes)
     if bounds is not None:
         factor = jnp.clip(factor, *bounds)
     factor = CONTROLS[control](jnp.where(silent, 1, factor), nodes)
@@ -407,7 +419,7 @@ def node_importance(
 
     Returns:
       An array of shape (stack axes..., node axes...) in the units of the weights,
-      accumulated in at least float32.
+      accumulated in at least float32; infinite where it is beyond the largest float.
 
     Raises:
       ValueError: if the axes overlap, repeat, lie out of range or leave no fan-in.
@@ -463,7 +475,9 @@ def importance_factor(
 
     Returns:
       An array of shape (stack axes..., node axes...), without unit; 1 in a layer
-      whose weights are all zero.
+      whose weights are all zero, or add up to less than 1e-37. Nodes of infinite
+      importance count as equally strong, and the others of their layer as 0. A NaN makes
+      all factors of its layer NaN.
 
     Raises:
       ValueError: if the axes overlap, repeat, lie out of range or leave no fan-in, if

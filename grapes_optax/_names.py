@@ -62,7 +62,7 @@ def bias_of(kernel: Leaf, leaves: Leaves) -> Leaf | None:
     usual, *others = BIASES.get(own, ("",))
     alone = not any((*holder, name) in leaves for name in BIASES if name != own)
     beside = (leaves.get((*holder, name)) for name in [usual, *(others if alone else ())])
-    return next((leaf for leaf in beside if leaf), None)
+    return next((leaf for leaf in beside if leaf and leaf.is_float), None)
 
 
 def bias_axes(bias: Leaf, kernel: Leaf, axes: Axes) -> Axes | None:

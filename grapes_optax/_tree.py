@@ -27,8 +27,13 @@ class Leaf(NamedTuple):
         return len(self.shape)
 
     @property
+    def is_float(self) -> bool:
+        """Whether it has a gradient: integers and what is no array have none."""
+        return hasattr(self.array, "dtype") and jnp.issubdtype(self.array.dtype, jnp.inexact)
+
+    @property
     def may_be_kernel(self) -> bool:
-        return self.ndim >= 2 and jnp.issubdtype(self.array.dtype, jnp.inexact)
+        return self.ndim >= 2 and self.is_float
 
 
 def path_names(keys: jax.tree_util.KeyPath) -> Path:

@@ -21,6 +21,11 @@ from examples.paper.cells import Cell, Setup
 from examples.paper.experiments import Plan, Scale
 
 NAME = "epochs.jsonl"
+KEYS = {  # of each kind of line, without which it is damaged
+    "run": {"plan"},
+    "unit": {"cell", "phase", "epochs"},
+    "epoch": {"epoch"},
+}
 TUNING, SAME, BEST = "tuning", "same rate", "best rate"
 
 
@@ -70,17 +75,30 @@ def lines_of(path: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(text.splitlines(keepends=True), start=1):
         if line.endswith("\n"):
             try:
-                lines.append(json.loads(line))
+                found = json.loads(line)
             except ValueError as error:
                 raise ValueError(f"{path}, line {number}: damaged ({error})") from error
+            if not isinstance(found, dict) or not KEYS.get(str(found.get("kind")), {""}) <= set(
+                found
+            ):
+                raise ValueError(f"{path}, line {number}: damaged (no record of a run)")
+            lines.append(found)
     return lines
 
 
 def replace(path: Path, lines: list[dict[str, Any]]) -> None:
-    """Writes the whole file anew, or leaves it as it was."""
+    """Writes the whole file anew, or leaves it as it was, also where the power fails."""
     draft = path.with_suffix(".tmp")
-    draft.write_text("".join(map(compact, lines)))
+    with draft.open("w") as stream:
+        stream.writelines(map(compact, lines))
+        stream.flush()
+        os.fsync(stream.fileno())
     os.replace(draft, path)
+    folder = os.open(path.parent, os.O_RDONLY)  # the new name
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 def record(cell: Cell, unit: dict[str, Any], epochs: list[dict[str, Any]]) -> Record:

@@ -5,6 +5,7 @@ starts in the folder of an unfinished one drops the lines after the last saved s
 """
 
 import contextlib
+import fcntl
 import os
 import platform
 import re
@@ -49,12 +50,34 @@ def surroundings() -> dict[str, Any]:
     }
 
 
+def locked(path: Path) -> int:
+    """Holds a folder for this process alone, until the descriptor is closed or it dies."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(descriptor)
+        raise OSError(
+            f"{path}: another run is writing here. Wait for it, or choose another --out"
+        ) from error
+    return descriptor
+
+
 class Folder:
     """The file and the checkpoints of a run."""
 
     def __init__(self, path: Path, plan: Plan):
-        self.plan, self.file, wanted = plan, path / records.NAME, records.as_json(plan)
+        self.plan, self.file = plan, path / records.NAME
         path.mkdir(parents=True, exist_ok=True)
+        self.lock = locked(path)
+        try:
+            self.open(path, records.as_json(plan))
+        except BaseException:
+            os.close(self.lock)
+            raise
+
+    def open(self, path: Path, wanted: dict[str, Any]) -> None:
+        """What is in the folder, if it is of this plan."""
         lines = records.lines_of(self.file)
         for line in lines:
             if line["kind"] == "run" and line["plan"] != wanted:
@@ -83,6 +106,7 @@ class Folder:
         self.manager.close()
         if kind is None:  # nothing is left to resume
             shutil.rmtree(self.file.parent / "checkpoints")
+        os.close(self.lock)
 
     def trusted(self, lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """The lines up to the last state that was saved, or to the last unit that is whole."""
@@ -105,6 +129,7 @@ class Folder:
     def add(self, line: dict[str, Any]) -> None:
         self.stream.write(records.compact(line))
         self.stream.flush()
+        os.fsync(self.stream.fileno())
         self.note(line)
 
     def save(self, state: Any) -> None:
