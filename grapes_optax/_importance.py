@@ -251,6 +251,12 @@ def expand(factor: jax.Array, axes: Axes) -> jax.Array:
     )
 
 
+@functools.partial(jax.jit, static_argnames=("axes",), inline=True)
+def scale_nodes(x: jax.Array, factor: jax.Array, axes: Axes) -> jax.Array:
+    """Product of a leaf that `axes` describe with a factor of shape stack + nodes."""
+    return scale(x, expand(factor, axes))
+
+
 def here(nodes: jax.Array, axes: Axes) -> jax.Array:
     """The entries for the nodes that this device holds, of an array of shape stack + nodes."""
     return part_of(nodes, axes.divided(axes.kept))
@@ -374,14 +380,15 @@ def factor_of(
         importance = importance.reshape(*shape[:-1], gates, shape[-1] // gates)
         importance = jnp.moveaxis(importance, -2, -1 - node_ndim)
     nodes = tuple(range(importance.ndim - node_ndim, importance.ndim))
-    # XLA may multiply by a rounded reciprocal, which of the largest floats would be zero. Hence
-    # the quarter, and the strongest node, which gets exactly the gain. So do several of infinite
-    # importance, which count as equally strong.
+    # A division may be a product with a reciprocal, which would be zero for the largest floats.
     importance = importance / 4
     # Weights of magnitude 0 bound the maximum of a layer without nodes.
     strongest = jnp.max(importance, axis=nodes, keepdims=True, initial=0.0)
-    silent = strongest == 0
-    relative = jnp.where(importance == strongest, 1, importance / jnp.where(silent, 1, strongest))
+    silent, top = strongest == 0, importance == strongest
+    # The strongest node gets exactly the gain; so do several of infinite importance, which count as
+    # equally strong. The divisor of each node is its own: of one for all XLA would take the
+    # reciprocal, in a kernel of its own for every layer.
+    relative = jnp.where(top, 1, importance / jnp.where(top, 1, strongest))
     factor = jnp.asarray(gain, importance.dtype) * NORMALIZERS[normalization](relative, nodes)
     if bounds is not None:
         factor = jnp.clip(factor, *bounds)

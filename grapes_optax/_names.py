@@ -163,16 +163,18 @@ class Names:
                 for n in range(len(path)):
                     ranks[path[:n]].add(leaf.ndim)
         self.stacks = {branch for branch, found in ranks.items() if min(found) > 1}
+        self.biases = {kernel.path: self._bias(kernel) for kernel in self.kernels}
+        self.layouts = {kernel.path: self._layouts(kernel) for kernel in self.kernels}
         # Names whose order is another in this tree: a bias fits its kernel, but not our rows.
         self.disproved = {
             kernel.path[-1]
             for kernel in self.kernels
-            if (bias := self.bias(kernel))
+            if (bias := self.biases[kernel.path])
             and set(bias.shape) <= set(kernel.shape)
-            and not self.layouts(kernel)
+            and not self.layouts[kernel.path]
         }
 
-    def bias(self, kernel: Leaf) -> Leaf | None:
+    def _bias(self, kernel: Leaf) -> Leaf | None:
         """The bias of a kernel, or of the other one of its cell."""
         cell = self.cells.get(kernel.path)
         owners = [kernel, *(self.leaves[path] for path in (cell.paths if cell else ()))]
@@ -183,7 +185,7 @@ class Names:
         rows = (row for row in itertools.chain(*CONVENTIONS) if row.output is None)
         return any(self._is_meant(row, kernel) for row in rows)
 
-    def layouts(self, kernel: Leaf) -> set[Layout]:
+    def _layouts(self, kernel: Leaf) -> set[Layout]:
         """What the first alternatives of which any fits allow."""
         for rows in CONVENTIONS:
             meant = [row for row in rows if self._is_meant(row, kernel)]
@@ -194,9 +196,9 @@ class Names:
 
     def settled(self, kernel: Leaf) -> Layout | None:
         """The one layout of a kernel that nothing in the tree speaks against."""
-        if len(found := self.layouts(kernel)) != 1:
+        if len(found := self.layouts[kernel.path]) != 1:
             return None
-        (layout,), bias = found, self.bias(kernel)
+        (layout,), bias = found, self.biases[kernel.path]
         nodes = [kernel.shape[axis] for axis in layout.axes.output]
         is_proved = bias is not None and all(kernel.shape.count(size) == 1 for size in nodes)
         doubtful = kernel.path[-1] in self.disproved and not (layout.is_told or is_proved)
@@ -219,7 +221,7 @@ class Names:
         return sizes == [other.shape[axis] for axis in beside.axes]
 
     def _read(self, row: Convention, kernel: Leaf) -> Layout | None:
-        bias = self.bias(kernel)
+        bias = self.biases[kernel.path]
         named = row.reduction or row.stack or row.beside
         if bias is None and (row.with_bias or (not named and self._may_be_stack(kernel))):
             return None

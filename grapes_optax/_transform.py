@@ -14,9 +14,9 @@ from grapes_optax._importance import (
     Normalization,
     Options,
     WeightDimNumOrFn,
-    expand,
     layer_factor,
     scale,
+    scale_nodes,
 )
 from grapes_optax._layers import resolve_layers
 from grapes_optax._tree import holes, path_names, path_string, tree_leaves, tree_shapes
@@ -126,14 +126,14 @@ def scale_by_grapes(
             )
         _check_fit(updates, params)
         factors = {
-            member.path: expand(factor, member.axes)
+            member.path: (factor, member.axes)
             for layer in resolve_layers(params, weight_dimension_numbers, quiet=True).layers
             for member, factor in layer.factors(options)
         }
 
         def modulate(keys, update):
             path = path_names(keys)
-            return scale(update, factors[path]) if path in factors else update
+            return scale_nodes(update, *factors[path]) if path in factors else update
 
         return jax.tree_util.tree_map_with_path(modulate, updates), state
 
