@@ -23,7 +23,8 @@ lint: $(VENV)/lint
 	$(RUN)pyright --pythonpath $(RUN)python
 
 bench: $(VENV)/examples
-	$(RUN)python -m benchmarks.step_cost
+	$(RUN)python -m benchmarks.step
+	$(RUN)python -m benchmarks.collectives
 	$(RUN)python -m benchmarks.backward
 	$(RUN)python -m benchmarks.program
 

@@ -17,22 +17,13 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from optax import contrib
 from tabulate import tabulate
 
 from benchmarks import accelerators, hlo, scale
-from grapes_optax import DimensionNumbers, WeightDimNumOrFn, scale_by_grapes
+from benchmarks.optimizers import OPTIMIZERS
+from grapes_optax import DimensionNumbers
 
-RATE = 1e-3
 WHOLE = P()
-Optimizer = Callable[[WeightDimNumOrFn], optax.GradientTransformation]
-OPTIMIZERS: dict[str, Optimizer] = {
-    "sgd": lambda numbers: optax.sgd(RATE),
-    "grapes + sgd": lambda numbers: optax.chain(scale_by_grapes(numbers), optax.sgd(RATE)),
-    "momentum": lambda numbers: optax.sgd(RATE, momentum=0.9),
-    "adam": lambda numbers: optax.adam(RATE),
-    "muon": lambda numbers: contrib.muon(RATE),
-}
 ALL = tuple(OPTIMIZERS)
 TWO = ALL[:2]
 

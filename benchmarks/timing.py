@@ -1,5 +1,6 @@
 """What the benchmarks of steps share: the clock, the line of versions and the tables."""
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
@@ -22,13 +23,21 @@ def seconds(step: Step, times: int) -> float:
     return (time.perf_counter() - start) / times
 
 
-def seconds_side_by_side(steps: Sequence[Step], rounds: int) -> np.ndarray:
-    """Seconds per step, rounds x steps: in turn, so that a busy machine slows all alike."""
+def seconds_side_by_side(steps: Sequence[Step], rounds: int, limit: float = math.inf) -> np.ndarray:
+    """Seconds per step, rounds x steps: in turn, so that a busy machine slows all alike.
+
+    A step that has taken `limit` seconds sits out, and has NaN, from the second round on.
+    """
     for step in steps:
-        seconds(step, 3)  # compiles, and warms up
-    # Bursts of 50 ms of the first step: the clock and the wait vanish, and rounds stay short.
-    times = max(2, round(0.05 / seconds(steps[0], 3)))
-    return np.array([[seconds(step, times) for step in steps] for _ in range(rounds)])
+        seconds(step, 1)  # compiles, and warms up
+    # Bursts of 50 ms: the clock and the wait vanish, and rounds stay short.
+    bursts = [max(1, round(0.05 / seconds(step, 1))) for step in steps]
+    table = np.full((rounds, len(steps)), np.nan)
+    for done in range(rounds):
+        for i, (step, times) in enumerate(zip(steps, bursts, strict=True)):
+            if not done or np.nansum(table[:, i]) * times < limit:
+                table[done, i] = seconds(step, times)
+    return table
 
 
 def versions(*packages: str) -> str:
