@@ -18,7 +18,8 @@ def tiny(monkeypatch):
 
 
 def test_step_is_counted_timed_and_drawn(tmp_path, capsys):
-    with jax.numpy_dtype_promotion("standard"):  # Adam counts steps in integers
+    # As a program of its own: Adam counts steps in integers, and biases have fewer axes.
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         step.main(["--rounds=2", "--batch=4", f"--output={tmp_path}"])
     result = json.loads((tmp_path / "step.json").read_text())
     found = {(r["kind"], r["dtype"], r["optimizer"]): r for r in result["records"]}
