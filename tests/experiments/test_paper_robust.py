@@ -111,7 +111,7 @@ def test_what_is_renamed_and_what_is_added_is_on_the_disk(tmp_path, monkeypatch)
     file = tmp_path / "folder" / records.NAME
     file.parent.mkdir()
     line = {"kind": "epoch", "epoch": 0}
-    records.replace(file, [line])
+    records.replace(file, records.compact(line).encode())
     assert called == ["epochs.tmp", "renamed", "folder"]
     assert json.loads(file.read_text()) == line
     with Folder(tmp_path / "other", plan("memory", "smoke")) as folder:
