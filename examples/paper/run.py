@@ -10,7 +10,9 @@ import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -61,6 +63,22 @@ def locked(path: Path) -> int:
             f"{path}: another run is writing here. Wait for it, or choose another --out"
         ) from error
     return descriptor
+
+
+@contextlib.contextmanager
+def ctrl_c_waits() -> Iterator[None]:
+    """Orbax, interrupted in the middle of a save, waits for minutes for itself."""
+    if threading.current_thread() is not threading.main_thread():  # which alone is interrupted
+        yield
+        return
+    pressed = []
+    before = signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if pressed:
+        signal.raise_signal(signal.SIGINT)
 
 
 class Folder:
@@ -135,8 +153,9 @@ class Folder:
         self.note(line)
 
     def save(self, state: Any) -> None:
-        self.manager.save(self.written, args=ocp.args.StandardSave(state))
-        self.manager.wait_until_finished()
+        with ctrl_c_waits():
+            self.manager.save(self.written, args=ocp.args.StandardSave(state))
+            self.manager.wait_until_finished()
         self.saved = time.monotonic()
 
     def restored(self, state: Any) -> Any:
