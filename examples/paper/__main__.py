@@ -5,13 +5,15 @@ python -m examples.paper report runs/paper/accuracy-digits-smoke
 """
 
 import argparse
+import contextlib
 import difflib
 import errno
+import logging
 import math
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -134,14 +136,16 @@ def train(chosen: argparse.Namespace, command: str) -> None:
     for wanted in plans:
         own = "-".join((wanted.experiment, wanted.dataset, wanted.preset))
         print(f"{wanted.experiment}: {EXPERIMENTS[wanted.experiment].question}", file=sys.stderr)
-        run(
-            wanted,
-            data,
-            out / own if named else out,
-            command,
-            save_every=chosen.save_every,
-            tensorboard=chosen.tensorboard,
-        )
+        folder = out / own if named else out
+        with writing_to(folder):
+            run(
+                wanted,
+                data,
+                folder,
+                command,
+                save_every=chosen.save_every,
+                tensorboard=chosen.tensorboard,
+            )
     print(f"Done. Report it: python -m examples.paper report {out}")
 
 
@@ -149,25 +153,40 @@ def main(arguments: list[str]) -> None:
     chosen = parse(arguments)
     try:
         if chosen.command == "report":
-            report(chosen.out)
+            with writing_to(chosen.out):
+                report(chosen.out)
         else:
             train(chosen, recorded(arguments, chosen))
     except KeyboardInterrupt:
         sys.exit("\nInterrupted. The same command goes on with it.")
     except (OSError, ValueError, ImportError) as error:
-        sys.exit(f"{error}{FULL_DISK if is_full_disk(error) else ''}")
+        sys.exit(str(error))
 
 
-FULL_DISK = "\nThe disk is full. Make room and give the same command again: the run goes on."
+FULL = "Make room and give the same command again: it goes on"
+CLOSED = "Choose another folder"
+# What the system refuses, and the way out.
+REFUSALS = {
+    errno.ENOSPC: f"the disk is full. {FULL}",
+    errno.EDQUOT: f"your share of the disk is full. {FULL}",
+    errno.EROFS: f"it can only be read. {CLOSED}",
+    errno.EACCES: f"permission denied. {CLOSED}",
+}
 
 
-def is_full_disk(error: Exception) -> bool:
-    """Orbax has no kind of its own for it, only the words of the system."""
-    codes = errno.ENOSPC, errno.EDQUOT
-    return getattr(error, "errno", None) in codes or any(
-        os.strerror(c) in str(error) for c in codes
-    )
+@contextlib.contextmanager
+def writing_to(folder: Path) -> Iterator[None]:
+    """Says in one line where the system refuses to write, which it does not tell itself."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        for code, text in REFUSALS.items():
+            # Orbax has no kind of its own for it, only the words of the system.
+            if getattr(error, "errno", None) == code or os.strerror(code) in str(error):
+                raise OSError(f"{folder}: {text}") from error
+        raise
 
 
 if __name__ == "__main__":
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs what it raises too
     main(sys.argv[1:])

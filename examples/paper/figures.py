@@ -18,6 +18,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, NullLocator
 
 from examples.paper.cells import Cell
+from examples.paper import records
 from examples.paper.records import BEST, SAME, Record, Results
 from examples.paper.statistics import at, curve, ends, final, panels, slowness
 from examples.training import BAND, LOOK, STYLES, VARIANTS
@@ -466,11 +467,13 @@ def smaller(svg: str) -> str:
 
 
 def save(figure: Figure, path: Path) -> None:
-    figure.savefig(path.with_suffix(".png"), dpi=150, metadata={"Software": None})
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=150, metadata={"Software": None})
+    records.replace(path.with_suffix(".png"), picture.getvalue())
     figure.set_layout_engine("none")  # it is laid out
     text = io.StringIO()
     figure.savefig(text, format="svg", metadata={"Date": None})
-    path.with_suffix(".svg").write_text(smaller(text.getvalue()))
+    records.replace(path.with_suffix(".svg"), smaller(text.getvalue()).encode())
 
 
 def draw(results: Results, folder: Path) -> dict[str, str]:

@@ -86,14 +86,18 @@ def lines_of(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def replace(path: Path, lines: list[dict[str, Any]]) -> None:
+def replace(path: Path, content: bytes) -> None:
     """Writes the whole file anew, or leaves it as it was, also where the power fails."""
     draft = path.with_suffix(".tmp")
-    with draft.open("w") as stream:
-        stream.writelines(map(compact, lines))
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(draft, path)
+    try:
+        with draft.open("wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(draft, path)
+    except BaseException:
+        draft.unlink(missing_ok=True)
+        raise
     folder = os.open(path.parent, os.O_RDONLY)  # the new name
     try:
         os.fsync(folder)

@@ -469,7 +469,8 @@ def write(folder: Path) -> tuple[Results, list[Comparison]]:
         parts += [part(results) for part in PARTS.get(experiment, (accuracies,))]
         parts += [factor_table(results), verdicts(results, found)]
         parts += [pictures(results, folder), seconds(results)]
-    (folder / "report.md").write_text("\n\n".join(part for part in parts if part) + "\n")
+    text = "\n\n".join(part for part in parts if part) + "\n"
+    records.replace(folder / "report.md", text.encode())
     return results, found
 
 
@@ -521,5 +522,5 @@ def report(out: Path) -> None:
             f"There is nothing to report in {out}: neither it nor a folder in it has {records.NAME}"
         )
     reports = {folder.name: write(folder) for folder in folders}
-    (out / "README.md").write_text(index(reports))
+    records.replace(out / "README.md", index(reports).encode())
     print(f"Reports of {several(len(reports), 'run')}: {out / 'README.md'}")

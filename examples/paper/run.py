@@ -10,7 +10,9 @@ import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -63,20 +65,34 @@ def locked(path: Path) -> int:
     return descriptor
 
 
+@contextlib.contextmanager
+def ctrl_c_waits() -> Iterator[None]:
+    """Orbax, interrupted in the middle of a save, waits for minutes for itself."""
+    if threading.current_thread() is not threading.main_thread():  # which alone is interrupted
+        yield
+        return
+    pressed = []
+    before = signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if pressed:
+        signal.raise_signal(signal.SIGINT)
+
+
 class Folder:
     """The file and the checkpoints of a run."""
 
     def __init__(self, path: Path, plan: Plan):
         self.plan, self.file = plan, path / records.NAME
         path.mkdir(parents=True, exist_ok=True)
-        self.lock = locked(path)
-        try:
-            self.open(path, records.as_json(plan))
-        except BaseException:
-            os.close(self.lock)
-            raise
+        with contextlib.ExitStack() as held:
+            held.callback(os.close, locked(path))
+            self.open(path, records.as_json(plan), held)
+            self.held = held.pop_all()
 
-    def open(self, path: Path, wanted: dict[str, Any]) -> None:
+    def open(self, path: Path, wanted: dict[str, Any], held: contextlib.ExitStack) -> None:
         """What is in the folder, if it is of this plan."""
         lines = records.lines_of(self.file)
         for line in lines:
@@ -87,26 +103,30 @@ class Folder:
                     " another --out, or remove it"
                 )
         options = ocp.CheckpointManagerOptions(max_to_keep=1)
-        self.manager = ocp.CheckpointManager((path / "checkpoints").absolute(), options=options)
+        checkpoints = (path / "checkpoints").absolute()
+        self.manager = ocp.CheckpointManager(checkpoints, options=options)
+
+        def close(kind: Any, *_: Any) -> None:
+            self.manager.close()
+            if kind is None:  # nothing is left to resume
+                shutil.rmtree(checkpoints)
+
+        held.push(close)
         self.saved, self.units, self.written = time.monotonic(), {}, 0
         lines = self.trusted(lines)
-        records.replace(self.file, lines)
+        records.replace(self.file, "".join(map(records.compact, lines)).encode())
         for line in lines:
             self.note(line)
         for step in self.manager.all_steps():
             if step > self.written:  # of lines that somebody removed
                 self.manager.delete(step)
-        self.stream = self.file.open("a")
+        self.stream = held.enter_context(self.file.open("a"))
 
     def __enter__(self) -> "Folder":
         return self
 
-    def __exit__(self, kind: Any, *_: Any) -> None:
-        self.stream.close()
-        self.manager.close()
-        if kind is None:  # nothing is left to resume
-            shutil.rmtree(self.file.parent / "checkpoints")
-        os.close(self.lock)
+    def __exit__(self, *error: Any) -> None:
+        self.held.__exit__(*error)
 
     def trusted(self, lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """The lines up to the last state that was saved, or to the last unit that is whole."""
@@ -133,8 +153,9 @@ class Folder:
         self.note(line)
 
     def save(self, state: Any) -> None:
-        self.manager.save(self.written, args=ocp.args.StandardSave(state))
-        self.manager.wait_until_finished()
+        with ctrl_c_waits():
+            self.manager.save(self.written, args=ocp.args.StandardSave(state))
+            self.manager.wait_until_finished()
         self.saved = time.monotonic()
 
     def restored(self, state: Any) -> Any:
