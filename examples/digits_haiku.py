@@ -1,0 +1,91 @@
+"""GRAPES in Haiku.
+
+A dense network on scikit-learn's handwritten digits, without GRAPES, with its local and its
+propagated form, and with the control of the local one: the mean factor of the layer for all its
+nodes. The other digits_*.py do the same in other frameworks. Prints a table and writes nothing.
+"""
+
+import argparse
+from functools import partial
+
+import haiku as hk
+import jax
+import numpy as np
+import optax
+from scipy import stats
+from tabulate import tabulate
+from tqdm import tqdm
+
+from examples.data import load
+from grapes_optax import by_path, grapes_sgd
+from grapes_optax.haiku import propagated
+
+
+def hidden(path):
+    return "linear_2" not in path  # as in the paper, the output layer is not modulated
+
+
+@hk.without_apply_rng
+@hk.transform
+def network(x):
+    return hk.nets.MLP([128, 128, 10])(x.reshape(len(x), -1))
+
+
+sgd, local = optax.sgd(0.1), partial(grapes_sgd, 0.1, weight_dimension_numbers=by_path(hidden))
+METHODS = {  # the forward function and the optimizer
+    "plain": (network.apply, sgd),
+    "local": (network.apply, local()),
+    "propagated": (propagated(network.apply, hidden), sgd),
+    "mean": (network.apply, local(control="mean")),
+}
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def train_step(forward, tx, params, opt_state, images, labels):
+    def loss_fn(params):
+        logits = forward(params, images)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    grads = jax.grad(loss_fn)(params)
+    updates, opt_state = tx.update(grads, opt_state, params)
+    return optax.apply_updates(params, updates), opt_state
+
+
+@jax.jit
+def accuracy(params, images, labels):
+    return (network.apply(params, images).argmax(-1) == labels).mean()
+
+
+def train(method, seed, epochs, data):
+    forward, tx = METHODS[method]
+    params = network.init(jax.random.key(seed), data.train_images[:1])
+    opt_state = tx.init(params)
+    rng = np.random.default_rng(seed)
+    for _ in tqdm(range(epochs), f"{method}, seed {seed}", leave=False):
+        for batch in rng.permutation(len(data.train_labels))[: 42 * 32].reshape(-1, 32):
+            images, labels = data.train_images[batch], data.train_labels[batch]
+            params, opt_state = train_step(forward, tx, params, opt_state, images, labels)
+    return 100 * float(accuracy(params, data.test_images, data.test_labels))
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--method", choices=["all", *METHODS], default="all")
+    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--seeds", type=int, default=5)
+    options = parser.parse_args(arguments)
+    if min(options.epochs, options.seeds) < 1:
+        parser.error("--epochs and --seeds are at least 1")
+    data, seeds, results, rows = load(), range(options.seeds), {}, []
+    for name in METHODS if options.method == "all" else [options.method]:
+        results[name] = np.array([train(name, seed, options.epochs, data) for seed in seeds])
+        rows.append([name, f"{results[name].mean():.2f} ± {results[name].std():.2f}"])
+        if name != "plain" in results and len(seeds) > 1:
+            difference = results[name] - results["plain"]  # paired by the seed
+            margin = stats.sem(difference) * stats.t.ppf(0.975, len(seeds) - 1)
+            rows[-1].append(f"{difference.mean():+.2f} ± {margin:.2f}")
+    print(tabulate(rows, ["method", "test accuracy (%)", "minus plain (points)"], "github"))
+
+
+if __name__ == "__main__":
+    main()
