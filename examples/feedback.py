@@ -95,7 +95,7 @@ def report(results, folder):
         axes[0, 0].semilogy(epochs, 100 - accuracy, **look)
         for ax, angle, layer in zip(axes[1] if name != "BP" else (), angles, LAYERS, strict=False):
             ax.plot(epochs, angle, **look)
-            ax.set(xlabel="epoch", ylabel=f"angle to the true gradient, {layer} (°)")
+            ax.set(xlabel="epoch", ylabel=f"angle to the gradient, {layer} (°)")
     for name, other in (pair.split() for pair in PAIRS if {*pair.split()} <= results.keys()):
         x, tick = (results[name] - results[other])[:, -1], f"{name}\nminus {other}"
         mean, half = x.mean(0), stats.t.ppf(0.975, len(x) - 1) * stats.sem(x)
