@@ -1,9 +1,8 @@
 """A small causal transformer in Flax nnx on characters: plain training, GRAPES and its controls.
 
-It learns the help texts that Python brings along, and is tested on their last tenth. `local` acts
-behind Adam, before which most of a factor cancels; `mean` and `propagated-mean` give every node the
-mean factor of its layer. Prints bits per character, ± standard deviation, and differences paired by
-seed, ± 95 % interval (less is better); writes learning_curves.png into --out.
+It learns Python's help texts, and is tested on their last tenth. `local` acts behind Adam, before
+which a factor cancels; `mean` and `propagated-mean` give every node its layer's mean factor. Prints
+bits per character ± deviation, paired differences ± 95 %; writes learning_curves.png into --out.
 """
 
 import argparse
@@ -31,8 +30,7 @@ class Block(nnx.Module):
     def __init__(self, rngs):
         self.norm1, self.norm2 = (nnx.LayerNorm(WIDTH, rngs=rngs) for _ in "12")
         self.attention = nnx.MultiHeadAttention(4, WIDTH, decode=False, rngs=rngs)
-        self.up = nnx.Linear(WIDTH, 4 * WIDTH, rngs=rngs)
-        self.down = nnx.Linear(4 * WIDTH, WIDTH, rngs=rngs)
+        self.up, self.down = (nnx.Linear(n, m, rngs=rngs) for n, m in ((WIDTH, 128), (128, WIDTH)))
 
     def __call__(self, x):
         x += self.attention(self.norm1(x), mask=nnx.make_causal_mask(x[..., 0]))
@@ -114,8 +112,7 @@ def main(arguments=None):
         parser.error("one epoch and two seeds are the least")
     epochs, seeds, results = options.epochs, range(options.seeds), {}
     for method in METHODS if options.method == "all" else dict.fromkeys(["plain", options.method]):
-        runs = [[*train(method, *METHODS[method], seed, epochs)] for seed in seeds]
-        results[method] = np.array(runs)
+        results[method] = np.array([[*train(method, *METHODS[method], s, epochs)] for s in seeds])
     report(results, options.out)
 
 
