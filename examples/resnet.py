@@ -23,14 +23,14 @@ from grapes_optax.nnx import propagated
 
 class Block(nnx.Module):
     def __init__(self, inputs, nodes, stride, rngs):
-        self.skip = nnx.Conv(inputs, nodes, (1, 1), stride, use_bias=False, rngs=rngs)
+        self.conv0 = nnx.Conv(inputs, nodes, (1, 1), stride, use_bias=False, rngs=rngs)
         self.conv1 = nnx.Conv(inputs, nodes, (3, 3), stride, use_bias=False, rngs=rngs)
         self.conv2 = nnx.Conv(nodes, nodes, (3, 3), use_bias=False, rngs=rngs)
         self.norm1, self.norm2 = (nnx.GroupNorm(nodes, num_groups=1, rngs=rngs) for _ in "12")
 
     def __call__(self, x):
         y = nnx.relu(self.norm1(self.conv1(x)))
-        return nnx.relu(self.skip(x) + self.norm2(self.conv2(y)))
+        return nnx.relu(self.conv0(x) + self.norm2(self.conv2(y)))
 
 
 class ResNet(nnx.Module):

@@ -535,8 +535,8 @@ def test_methods_start_alike_and_longer_runs_go_on_where_shorter_ones_end():
     other = trained(training.method(optax.sgd(0.1), rule="DFA"))
     np.testing.assert_array_equal(long.accuracy[:1], short.accuracy)
     assert not np.array_equal(other.accuracy, short.accuracy)
-    for run in long, other:
-        jax.tree.map(np.testing.assert_array_equal, run.first, short.first)
+    for result in long, other:
+        jax.tree.map(np.testing.assert_array_equal, result.first, short.first)
 
 
 @pytest.mark.slow
