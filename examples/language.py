@@ -104,7 +104,7 @@ def report(results, folder):
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--method", choices=["all", *METHODS], default="all", help="besides plain")
-    parser.add_argument("--epochs", type=int, default=8, help="of 100 steps")
+    parser.add_argument("--epochs", type=int, default=5, help="of 100 steps")
     parser.add_argument("--seeds", type=int, default=3, help="two or more")
     parser.add_argument("--out", type=Path, default=Path("runs/language"))
     options = parser.parse_args(arguments)
