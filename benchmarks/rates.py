@@ -8,7 +8,17 @@ from functools import partial
 
 import optax
 
-from examples import data, digits, spiking, training
+from examples import data
+from examples.paper import networks, training
+
+VARIANTS = [
+    "plain",
+    "local GRAPES",
+    "local, mean factor",
+    "propagated GRAPES",
+    "propagated, mean factor",
+    "propagated, through time",
+]
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -27,18 +37,19 @@ def main(arguments: list[str] | None = None) -> None:
         print(what, run.accuracy[-1], flush=True)
 
     for rate in options.rates:
-        spikes = partial(spiking.spikes, rate=rate)
+        spikes = partial(networks.spikes, rate=rate)
         for layers in options.layers:
-            for name, method in spiking.methods(adam, recurrent=True).items():
+            for name in VARIANTS:
                 what = f"rate {rate}, {layers} layers, {name}:"
-                show(what, spiking.Spiking(layers=layers), method, spikes)
+                method = training.method(adam, name)
+                show(what, networks.Spiking(layers=layers), method, spikes)
         plain = training.Method(adam)
-        show(f"rate {rate}, no H:", spiking.Spiking(recurrent=False), plain, spikes)
+        show(f"rate {rate}, no H:", networks.Spiking(recurrent=False), plain, spikes)
 
         def counts(key, images, spikes=spikes):
             return spikes(key, images).mean(axis=1)
 
-        show(f"rate {rate}, spike counts:", digits.MLP(), plain, counts)
+        show(f"rate {rate}, spike counts:", networks.MLP(), plain, counts)
 
 
 if __name__ == "__main__":

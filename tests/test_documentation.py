@@ -6,12 +6,11 @@ import re
 from pathlib import Path
 from typing import Any
 
-import optax
 import pytest
 
 import grapes_optax
 from benchmarks import rates
-from examples import digits, spiking
+from examples import digits
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results"
@@ -57,7 +56,7 @@ def test_blocks_are_of_a_kind_that_is_looked_at():
 def test_networks_by_rate(capsys):
     rates.main(["--seeds=1", "--epochs=1", "--rates", "1.0", "--layers", "1"])
     rows = capsys.readouterr().out.splitlines()
-    assert len(rows) == len(spiking.methods(optax.sgd(1), recurrent=True)) + 2
+    assert len(rows) == len(rates.VARIANTS) + 2
 
 
 def test_every_public_name_is_documented():

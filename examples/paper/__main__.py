@@ -22,7 +22,7 @@ from examples.paper.cells import INITS, NETWORKS, OPTIMIZERS
 from examples.paper.experiments import EXPERIMENTS, PRESETS, SAME_RUN, Choice, plan
 from examples.paper.report import report
 from examples.paper.run import run
-from examples.training import RULES
+from examples.paper.training import RULES
 
 ALL = "all"
 FOLDER = Path("runs/paper")

@@ -13,13 +13,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from examples.conv import ResNet9
 from examples.data import SETS
-from examples.digits import MLP
-from examples.recurrent import CELLS, Reader
-from examples.spiking import NETWORKS as SPIKING
-from examples.spiking import Spiking, spikes
-from examples.training import Array, Method, Prepare, as_it_is, method
+from examples.paper.networks import CELLS, MLP, SPIKING, Reader, ResNet9, Spiking, spikes
+from examples.paper.training import Array, Method, Prepare, as_it_is, method
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,9 +8,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from examples.paper.cells import AUTHORS, INITS, OPTIMIZERS, Cell
-from examples.recurrent import CELLS
-from examples.spiking import NETWORKS as SPIKING
-from examples.training import RULES
+from examples.paper.networks import CELLS, SPIKING
+from examples.paper.training import RULES
 
 LOCAL = "local GRAPES", "local, mean factor", "local, neighbour's factor"
 PROPAGATED = "propagated GRAPES", "propagated, mean factor", "propagated, neighbour's factor"

@@ -21,11 +21,18 @@ from examples.paper.cells import Cell
 from examples.paper import records
 from examples.paper.records import BEST, SAME, Record, Results
 from examples.paper.statistics import at, curve, ends, final, panels, slowness
-from examples.training import BAND, LOOK, STYLES, VARIANTS
+from examples.paper.training import VARIANTS
 
-# Colour and line style of every variant. GRAPES is the same line as in the other examples; what
-# shares a colour with another differs in dashes.
-LINES: dict[str, tuple[str, Any]] = STYLES | {
+# Colour, most of them by Okabe and Ito, and line style of every variant: what shares a colour with
+# another differs in dashes.
+LINES: dict[str, tuple[str, Any]] = {
+    "plain": ("#000000", "-"),
+    "local GRAPES": ("#0072B2", "-"),
+    "local, mean factor": ("#E69F00", "--"),
+    "local, neighbour's factor": ("#009E73", ":"),
+    "propagated GRAPES": ("#D55E00", "-."),
+    "propagated, mean factor": ("#CC79A7", (0, (4, 1, 1, 1, 1, 1))),
+    "propagated, through time": ("#56B4E9", (0, (1, 3))),
     "local, not clipped": ("#56B4E9", (0, (7, 2))),
     "local, by the mean node": ("#0072B2", (0, (4, 1, 1, 1, 1, 1, 1, 1))),
     "local, before the optimizer": ("#56B4E9", (0, (5, 1, 1, 1))),
@@ -46,7 +53,14 @@ HATCHES = {
     "authors' DFA": "x-",
 }
 OBSERVED = "plain", "local GRAPES", "propagated GRAPES"
-SETTINGS: Any = LOOK | {
+BAND = "Mean, and band of ± 1 standard deviation over seeds"
+SETTINGS: Any = {
+    "font.size": 8,
+    "axes.titlesize": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+    "legend.handlelength": 3,
     "font.sans-serif": ["DejaVu Sans"],
     "svg.hashsalt": "grapes",
     "svg.fonttype": "none",

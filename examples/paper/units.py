@@ -15,7 +15,7 @@ from examples.data import Data
 from examples.paper.cells import at_rates, build, state_bytes, tree_bytes
 from examples.paper.experiments import Plan
 from examples.paper.records import BEST, SAME, TUNING
-from examples.training import accuracy, epoch_of, hidden, seed_keys, start
+from examples.paper.training import accuracy, epoch_of, hidden, seed_keys, start
 
 Array = jax.Array
 

@@ -17,11 +17,9 @@ import numpy as np
 import optax
 import pytest
 
-from examples import training
 from examples.data import Data, load
-from examples.digits import MLP
 from examples.paper import __main__ as paper
-from examples.paper import records
+from examples.paper import records, training
 from examples.paper import run as runner
 from examples.paper.cells import (
     AUTHORS,
@@ -34,6 +32,7 @@ from examples.paper.cells import (
     state_bytes,
 )
 from examples.paper.experiments import EXPERIMENTS, PRESETS, SAME_RUN, Choice, Scale, plan
+from examples.paper.networks import MLP
 from examples.paper.records import BEST, SAME, TUNING
 from examples.paper.run import run
 from examples.paper.units import Contender, Lanes, Unit, held_out, permuted
@@ -522,3 +521,33 @@ def test_smoke(name, tmp_path):
     paper.main(["report", str(tmp_path)])
     assert found.plan.experiment in EXPERIMENTS
     assert EXPERIMENTS[name].question in (tmp_path / "report.md").read_text()
+
+
+def trained(method, epochs=1, **options):
+    model, data = MLP(width=16), load()
+    return training.train(model, method, data, seeds=2, epochs=epochs, **options)
+
+
+@pytest.mark.slow
+def test_methods_start_alike_and_longer_runs_go_on_where_shorter_ones_end():
+    plain = training.method(optax.sgd(0.1))
+    short, long = trained(plain), trained(plain, epochs=2)
+    other = trained(training.method(optax.sgd(0.1), rule="DFA"))
+    np.testing.assert_array_equal(long.accuracy[:1], short.accuracy)
+    assert not np.array_equal(other.accuracy, short.accuracy)
+    for result in long, other:
+        jax.tree.map(np.testing.assert_array_equal, result.first, short.first)
+
+
+@pytest.mark.slow
+def test_model_sees_what_is_prepared():
+    seen = set()
+
+    def erased(key, images):
+        jax.debug.callback(lambda key: seen.add(key.tobytes()), jax.random.key_data(key))
+        return 0 * images
+
+    blind = trained(training.Method(optax.sgd(0.1)), prepare=erased, epochs=2)
+    assert blind.accuracy.max() < 0.2
+    trainings, tests = 2 * 2 * (1347 // 32), 450  # epochs, seeds and steps; images
+    assert len(seen) == 1 + trainings + tests  # a key for the shapes; new ones, and always the same
