@@ -1,16 +1,13 @@
-"""Feedback alignment (FA) and direct feedback alignment (DFA) of handwritten digits, with GRAPES.
+"""Feedback alignment (FA) and direct feedback alignment (DFA) in Flax nnx, with GRAPES.
 
-`-grapes` is the propagated form, `-mean` its control: every node gets the mean factor of its layer.
-Every method sees the same initial weights, feedback weights and batches, seed by seed. After every
-epoch the update under the rule is compared with the true gradient, over all training images: at 0
-degrees they are aligned, at 90 orthogonal. Prints test accuracies and angles, ± standard deviation,
-and differences paired by seed, ± 95 % interval; writes alignment.png into --out.
+`-mean` is the control: every node gets its layer's mean factor. After each epoch the update is
+compared with the true gradient, over all training images: at 90 degrees it is orthogonal. Prints
+means, ± standard deviation, and paired differences, ± 95 %; writes alignment.png into --out.
 """
 
 import argparse
 from pathlib import Path
 
-import jax
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
@@ -26,8 +23,7 @@ from grapes_optax import nnx as grapes
 
 class MLP(nnx.Module):
     def __init__(self, rngs):
-        self.hidden1 = nnx.Linear(64, 128, rngs=rngs)
-        self.hidden2 = nnx.Linear(128, 128, rngs=rngs)
+        self.hidden1, self.hidden2 = (nnx.Linear(n, 128, rngs=rngs) for n in (64, 128))
         self.output = nnx.Linear(128, 10, rngs=rngs)
 
     def __call__(self, x):
@@ -35,83 +31,72 @@ class MLP(nnx.Module):
         return self.output(nnx.relu(self.hidden2(x)))
 
 
-def hidden(path):  # as in the paper, the output layer is not modulated
-    return "output" not in path
-
-
+hidden = "output/kernel".__ne__  # as in the paper, the output layer is not modulated
 FA = grapes.feedback_alignment(MLP.__call__)
 DFA = grapes.direct_feedback_alignment(MLP.__call__)
 METHODS = {  # the forward function that is differentiated, and how its curve looks
-    "BP": (lambda model, images, feedback: model(images), "#000000", "-"),
-    "FA": (FA, "#0072B2", "-"),
-    "FA-grapes": (grapes.propagated(FA, hidden), "#56B4E9", "--"),
-    "FA-mean": (grapes.propagated(FA, hidden, control="mean"), "#009E73", ":"),
-    "DFA": (DFA, "#D55E00", "-"),
-    "DFA-grapes": (grapes.propagated(DFA, hidden), "#E69F00", "--"),
-    "DFA-mean": (grapes.propagated(DFA, hidden, control="mean"), "#CC79A7", ":"),
+    "BP": (lambda model, images, feedback: model(images), {"c": "#000000", "ls": "-"}),
+    "FA": (FA, {"c": "#0072B2", "ls": "-"}),
+    "FA-grapes": (grapes.propagated(FA, hidden), {"c": "#56B4E9", "ls": "--"}),
+    "FA-mean": (grapes.propagated(FA, hidden, control="mean"), {"c": "#009E73", "ls": ":"}),
+    "DFA": (DFA, {"c": "#D55E00", "ls": "-"}),
+    "DFA-grapes": (grapes.propagated(DFA, hidden), {"c": "#E69F00", "ls": "--"}),
+    "DFA-mean": (grapes.propagated(DFA, hidden, control="mean"), {"c": "#CC79A7", "ls": ":"}),
 }
 PAIRS = "FA-grapes FA", "FA-grapes FA-mean", "DFA-grapes DFA", "DFA-grapes DFA-mean"
 LAYERS = "hidden1", "hidden2"
 plt.rc("axes.formatter", min_exponent=3)
 
 
-def gradient(method, model, images, labels, feedback):
-    def loss_fn(model):
-        logits = METHODS[method][0](model, images, feedback=feedback)
-        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-
-    return nnx.grad(loss_fn)(model)
+def loss_fn(model, method, images, labels, feedback):
+    logits = METHODS[method][0](model, images, feedback=feedback)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
 
 @nnx.jit(static_argnames="method")
-def train_step(method, model, optimizer, images, labels, feedback):
-    optimizer.update(model, gradient(method, model, images, labels, feedback))
+def train_step(model, optimizer, method, images, labels, feedback):
+    optimizer.update(model, nnx.grad(loss_fn)(model, method, images, labels, feedback))
 
 
 @nnx.jit(static_argnames="method")
-def measure(method, model, data, feedback):
-    update, true = (gradient(rule, model, *data[:2], feedback) for rule in (method, "BP"))
+def measure(model, method, data, feedback):
+    update, true = (nnx.grad(loss_fn)(model, rule, *data[:2], feedback) for rule in (method, "BP"))
     angles = [alignment(update, true)[f"{layer}/kernel"].angle for layer in LAYERS]
     return 100 * (model(data.test_images).argmax(-1) == data.test_labels).mean(), *angles
 
 
 def train(method, seed, data, epochs):
     images, labels, random = *map(np.asarray, data[:2]), np.random.default_rng(seed)
-    model, rule = MLP(nnx.Rngs(seed)), DFA if method.startswith("DFA") else FA
-    feedback = grapes.init_feedback(jax.random.key(seed), rule, model, images[:1])
-    optimizer = nnx.Optimizer(model, optax.sgd(0.1), wrt=nnx.Param)
+    rngs, rule = nnx.Rngs(seed), DFA if method.startswith("DFA") else FA
+    optimizer = nnx.Optimizer(model := MLP(rngs), optax.sgd(0.1), wrt=nnx.Param)
+    feedback = grapes.init_feedback(rngs(), rule, model, images[:1])
     for _ in tqdm(range(epochs), f"{method}, seed {seed}", leave=False):
         for rows in random.permutation(len(labels))[: len(labels) // 32 * 32].reshape(-1, 32):
-            train_step(method, model, optimizer, images[rows], labels[rows], feedback)
-        yield measure(method, model, data, feedback)
+            train_step(model, optimizer, method, images[rows], labels[rows], feedback)
+        yield measure(model, method, data, feedback)
 
 
 def report(results, folder):
-    table, (figure, axes) = [], plt.subplots(2, 2, figsize=(8.4, 6), layout="constrained")
+    table, (figure, axes) = [], plt.subplots(2, 2, figsize=(10, 6.5), layout="constrained")
+    (left, right), below = axes
     for name, x in results.items():  # seeds, epochs, and accuracy and angles
         table.append([name, *(f"{e.mean():.2f} ± {e.std(ddof=1):.2f}" for e in x[:, -1].T)])
         (accuracy, *angles), epochs = x.mean(0).T, 1 + np.arange(x.shape[1])
-        look = {"c": METHODS[name][1], "ls": METHODS[name][2], "label": name}
-        axes[0, 0].semilogy(epochs, 100 - accuracy, **look)
-        for ax, angle, layer in zip(axes[1] if name != "BP" else (), angles, LAYERS, strict=False):
-            ax.plot(epochs, angle, **look)
+        left.semilogy(epochs, 100 - accuracy, **METHODS[name][1], label=name)
+        for ax, angle, layer in zip(below if name != "BP" else (), angles, LAYERS, strict=False):
+            ax.plot(epochs, angle, **METHODS[name][1])
             ax.set(xlabel="epoch", ylabel=f"angle to the gradient, {layer} (°)")
     for name, other in (pair.split() for pair in PAIRS if {*pair.split()} <= results.keys()):
-        x, tick = (results[name] - results[other])[:, -1], f"{name}\nminus {other}"
+        x, label = (results[name] - results[other])[:, -1], f"{name} minus {other}"
         mean, half = x.mean(0), stats.t.ppf(0.975, len(x) - 1) * stats.sem(x)
-        table.append(
-            [
-                tick.replace("\n", " "),
-                *(f"{m:+z.2f} ± {h:.2f}" for m, h in zip(mean, half, strict=True)),
-            ]
-        )
-        axes[0, 1].plot(x[:, 0], [tick] * len(x), "x", c="grey")
-        axes[0, 1].errorbar(mean[0], tick, xerr=half[0], c="black", marker="o", capsize=6)
+        table.append([label, *(f"{mean[i]:+z.2f} ± {half[i]:.2f}" for i in range(3))])
+        right.plot(x[:, 0], [label] * len(x), "x", c="grey")
+        right.errorbar(mean[0], label, xerr=half[0], c="black", marker="o", capsize=6)
     print(tabulate(table, ("", "accuracy (%)", *(f"angle, {n} (°)" for n in LAYERS)), "github"))
-    axes[0, 0].set(xlabel="epoch", ylabel="test error (%), mean over seeds")
-    axes[0, 0].legend(frameon=False)
-    axes[0, 1].set(xlabel="difference after the last epoch (points)")
-    axes[0, 1].axvline(0, c="black", lw=0.5)
+    left.set(xlabel="epoch", ylabel="test error (%), mean over seeds")
+    left.legend(frameon=False)
+    right.set(xlabel="difference after the last epoch (points)")
+    right.axvline(0, c="black", lw=0.5)
     folder.mkdir(parents=True, exist_ok=True)
     figure.savefig(folder / "alignment.png", dpi=150, pil_kwargs={"optimize": True})
 

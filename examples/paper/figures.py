@@ -18,8 +18,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, NullLocator
 
 from examples.paper.cells import Cell
-from examples.paper import records
-from examples.paper.records import BEST, SAME, Record, Results
+from examples.paper.records import BEST, SAME, Record, Results, replace
 from examples.paper.statistics import at, curve, ends, final, panels, slowness
 from examples.paper.training import VARIANTS
 
@@ -483,11 +482,11 @@ def smaller(svg: str) -> str:
 def save(figure: Figure, path: Path) -> None:
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=150, metadata={"Software": None})
-    records.replace(path.with_suffix(".png"), picture.getvalue())
+    replace(path.with_suffix(".png"), picture.getvalue())
     figure.set_layout_engine("none")  # it is laid out
     text = io.StringIO()
     figure.savefig(text, format="svg", metadata={"Date": None})
-    records.replace(path.with_suffix(".svg"), smaller(text.getvalue()).encode())
+    replace(path.with_suffix(".svg"), smaller(text.getvalue()).encode())
 
 
 def draw(results: Results, folder: Path) -> dict[str, str]:

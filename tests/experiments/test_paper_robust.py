@@ -164,7 +164,7 @@ def test_report_that_cannot_be_written(code, tmp_path, monkeypatch):
         raise OSError(code, os.strerror(code))
 
     paper.main(["run", "memory", "--preset=smoke", f"--out={tmp_path}"])
-    monkeypatch.setattr(records, "replace", fail)
+    monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(SystemExit) as caught:
         paper.main(["report", str(tmp_path)])
     assert str(caught.value.code).startswith(f"{tmp_path}: ")
