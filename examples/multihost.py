@@ -11,9 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,48 +23,35 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import grapes_optax
-from examples.data import Data, load
+from examples.data import load
 
 BATCH = 64
 
 
-def make_model() -> nnx.Module:
-    rngs = nnx.Rngs(0)
-    return nnx.Sequential(nnx.Linear(64, 128, rngs=rngs), nnx.relu, nnx.Linear(128, 10, rngs=rngs))
-
-
-def spec_of(leaf: Any) -> P:
+def spec_of(leaf):
     """Nodes over the devices that share a model; what is not divisible is on all of them."""
     nodes = leaf.shape[-1:] or (1,)
     return P(*[None] * (leaf.ndim - 1), "model") if nodes[0] % 2 == 0 else P()
 
 
-def everywhere(tree: Any, mesh: jax.sharding.Mesh, specs: Any) -> Any:
+def everywhere(tree, mesh, specs):
     """Arrays that every process has, as arrays over the devices of all processes."""
 
-    def spread(leaf: Any, spec: P) -> jax.Array:
-        array = np.asarray(leaf)
-        sharding = NamedSharding(mesh, spec)
-        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+    def spread(x, spec):
+        part = np.asarray(x).__getitem__
+        return jax.make_array_from_callback(x.shape, NamedSharding(mesh, spec), part)
 
     return jax.tree.map(spread, tree, specs)
 
 
-def batches(data: Data, epoch: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The same order in every process."""
-    images, labels = np.asarray(data.train_images), np.asarray(data.train_labels)
-    order = np.random.default_rng(epoch).permutation(len(labels))
-    for start in range(0, len(order) - BATCH + 1, BATCH):
-        rows = order[start : start + BATCH]
-        yield images[rows].reshape(BATCH, -1), labels[rows]
-
-
-def train(epochs: int, checkpoints: Path) -> None:
+def train(epochs, checkpoints):
     mesh = jax.make_mesh((jax.device_count() // 2, 2), ("data", "model"), (AxisType.Auto,) * 2)
-    graph, params = nnx.split(make_model())
+    rngs = nnx.Rngs(0)
+    parts = nnx.Linear(64, 128, rngs=rngs), nnx.relu, nnx.Linear(128, 10, rngs=rngs)
+    graph, params = nnx.split(nnx.Sequential(*parts))
 
-    def forward(params: Any, x: jax.Array) -> jax.Array:
-        return nnx.merge(graph, params)(x)  # pyright: ignore
+    def forward(params, x):
+        return nnx.merge(graph, params)(x)
 
     layers = grapes_optax.infer_dimension_numbers(forward, params, jnp.ones((1, 64)))
     tx = grapes_optax.grapes_sgd(0.1, momentum=0.9, weight_dimension_numbers=layers)
@@ -74,28 +59,27 @@ def train(epochs: int, checkpoints: Path) -> None:
     carry = everywhere(carry, mesh, jax.tree.map(spec_of, carry))
     shardings = jax.tree.map(lambda leaf: leaf.sharding, carry)
 
-    def step(carry: Any, x: jax.Array, labels: jax.Array) -> tuple[Any, jax.Array]:
+    def loss_fn(params, x, labels):
+        logits = forward(params, x)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    def step(carry, x, labels):
         params, state = carry
-
-        def loss(params: Any) -> jax.Array:
-            losses = optax.softmax_cross_entropy_with_integer_labels(forward(params, x), labels)
-            return losses.mean()
-
-        value, grads = jax.value_and_grad(loss)(params)
+        loss, grads = jax.value_and_grad(loss_fn)(params, x, labels)
         updates, state = tx.update(grads, state, params)
-        return (optax.apply_updates(params, updates), state), value
+        return (optax.apply_updates(params, updates), state), loss
 
     step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, NamedSharding(mesh, P())))
-    data = load()
+    images, targets = map(np.asarray, load()[:2])
     with ocp.CheckpointManager(checkpoints.absolute()) as manager:
         first = (manager.latest_step() or 0) + 1
         if first > 1:
             carry = manager.restore(first - 1, args=ocp.args.StandardRestore(carry))
         for epoch in range(first, epochs + 1):
-            losses = []
-            for x, labels in batches(data, epoch):
-                x, labels = everywhere((x, labels), mesh, (P("data"), P("data")))
-                carry, loss = step(carry, x, labels)
+            order, losses = np.random.default_rng(epoch).permutation(len(targets)), []  # of all
+            for rows in order[: len(order) // BATCH * BATCH].reshape(-1, BATCH):
+                batch = images[rows].reshape(BATCH, -1), targets[rows]
+                carry, loss = step(carry, *everywhere(batch, mesh, (P("data"), P("data"))))
                 losses.append(loss)
             manager.save(epoch, args=ocp.args.StandardSave(carry))
             manager.wait_until_finished()
@@ -103,7 +87,7 @@ def train(epochs: int, checkpoints: Path) -> None:
                 print(f"epoch {epoch}: loss {np.mean(jax.device_get(losses)):.6f}", flush=True)
 
 
-def main() -> None:
+def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--checkpoints", type=Path, default=Path("runs/multihost"))
@@ -118,8 +102,8 @@ def main() -> None:
             port = free.getsockname()[1]
         command = [sys.executable, "-m", "examples.multihost", *sys.argv[1:]]
         command.append(f"--coordinator=localhost:{port}")
-        numbers = range(options.processes)
-        started = [subprocess.Popen([*command, f"--process={i}"]) for i in numbers]
+        processes = range(options.processes)
+        started = [subprocess.Popen([*command, f"--process={i}"]) for i in processes]
         while None in (codes := [process.poll() for process in started]) and not any(codes):
             time.sleep(0.1)
         for process in started:  # where one has died, the others would wait for it
