@@ -89,7 +89,8 @@ def report(results, folder):
         style = {"c": COLORS[i > 3], "ls": (":", "-", "--")[i % 3], "label": column}
         right.plot(epochs, results.get("local", results["plain"])[..., i].mean(0), **style)
     left.set(xlabel="epoch", ylabel="test error (%), mean over seeds")
-    middle.set(xlabel="difference after the last epoch (points)")
+    left.xaxis.get_major_locator().set_params(integer=True)
+    middle.set(xlabel="difference after the last epoch (points)", ymargin=0.15)
     middle.axvline(0, c="black", lw=0.5)
     right.set(xlabel="epoch", ylabel="factors in hidden layers 1 and 2")
     left.legend(frameon=False)

@@ -95,7 +95,7 @@ def report(results, folder):
     print(tabulate(table, ("", "accuracy (%)", *(f"angle, {n} (°)" for n in LAYERS)), "github"))
     left.set(xlabel="epoch", ylabel="test error (%), mean over seeds")
     left.legend(frameon=False)
-    right.set(xlabel="difference after the last epoch (points)")
+    right.set(xlabel="difference after the last epoch (points)", ymargin=0.15)
     right.axvline(0, c="black", lw=0.5)
     folder.mkdir(parents=True, exist_ok=True)
     figure.savefig(folder / "alignment.png", dpi=150, pil_kwargs={"optimize": True})

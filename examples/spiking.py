@@ -89,7 +89,7 @@ def report(results, folder):
     print(tabulate(table, ("test accuracy (%)", "epoch 1", f"epoch {len(x.T)}"), "github"))
     left.set(xlabel="epoch", ylabel="test error (%), mean over seeds")
     left.legend(frameon=False)
-    right.set(xlabel="difference after the last epoch (points)")
+    right.set(xlabel="difference after the last epoch (points)", ymargin=0.15)
     right.axvline(0, c="black", lw=0.5)
     folder.mkdir(parents=True, exist_ok=True)
     figure.savefig(folder / "learning_curves.png", dpi=150)

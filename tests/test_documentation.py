@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import grapes_optax
-from benchmarks import rates
+from benchmarks import spiking
 from examples import digits
 
 ROOT = Path(__file__).parents[1]
@@ -53,10 +53,14 @@ def test_blocks_are_of_a_kind_that_is_looked_at():
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("promotion_of_frameworks")
-def test_networks_by_rate(capsys):
-    rates.main(["--seeds=1", "--epochs=1", "--rates", "1.0", "--layers", "1"])
-    rows = capsys.readouterr().out.splitlines()
-    assert len(rows) == len(rates.VARIANTS) + 2
+def test_spiking_networks(capsys):
+    few = ["--variants", "plain", spiking.THROUGH_TIME, "--rates", "1.0", "--layers", "1"]
+    spiking.main(["--seeds=2", "--epochs=1", "--units", "SNU", "recurrent SNU", *few])
+    units, rates = capsys.readouterr().out.split("\n\n")
+    found = re.findall(r"^\| (plain|propagated, through time) .* (\S+) ± ", units, re.M)
+    assert all(10 < float(mean) < 100 for _, mean in found)
+    assert [name for name, _ in found] == ["plain", spiking.THROUGH_TIME]
+    assert len(rates.splitlines()) == 2 + 4
 
 
 def test_every_public_name_is_documented():
