@@ -83,7 +83,7 @@ def main(arguments: list[str] | None = None) -> None:
             epochs=options.epochs,
             prepare=prepare,
         )
-        return np.asarray(run.accuracy[-1])
+        return 100 * run.accuracy[-1]
 
     print(markdown(by_unit(accuracies, options)) + "\n")
     print(markdown(by_rate(accuracies, options)))

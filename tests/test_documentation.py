@@ -97,8 +97,17 @@ def test_all_is_all():
 
 
 def test_table_of_the_demo_is_in_the_readme():
-    rows = re.findall(r"^\| (\w+: .*?) +\| +[\d.]+ ± ", (ROOT / "README.md").read_text(), re.M)
-    assert rows == list(digits.methods(0.1))
+    rows = re.findall(r"^\| (\S.*?) +\| +[+-]?[\d.]+ ± ", (ROOT / "README.md").read_text(), re.M)
+    pairs = (pair.split() for pair in digits.PAIRS)
+    assert rows == [*digits.METHODS, *(f"{name} minus {other}" for name, other in pairs)]
+
+
+def test_every_example_is_on_a_page():
+    text = "".join(page.read_text() for page in PAGES)
+    examples = [path.stem for path in (ROOT / "examples").glob("*.py")]
+    assert len(examples) > 10
+    for name in {*examples} - {"__init__", "data"}:
+        assert f"EXAMPLE={name}" in text or f"examples/{name}.py" in text, name
 
 
 def test_tables_have_heads():
