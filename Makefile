@@ -3,14 +3,17 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/
 
-.PHONY: demo test test-all lint bench bench-compiled clean
+.PHONY: demo test test-slow test-all lint bench bench-compiled clean
 
 EXAMPLE ?= digits
 demo: $(VENV)/examples
 	$(RUN)python -m examples.$(EXAMPLE)
 
 test: $(VENV)/test
-	$(RUN)python -m pytest -n 2
+	$(RUN)python -m pytest -n 2 -m "not slow"
+
+test-slow: $(VENV)/test
+	$(RUN)python -m pytest -n 2 -m slow
 
 # On the newest releases and on the oldest; NOX="-s floor" chooses, see noxfile.py.
 test-all: $(VENV)/pip

@@ -88,11 +88,11 @@ def report(results, folder):
     for i, column in enumerate(COLUMNS.split(",")[1:], 1):
         style = {"c": COLORS[i > 3], "ls": (":", "-", "--")[i % 3], "label": column}
         right.plot(epochs, results.get("local", results["plain"])[..., i].mean(0), **style)
-    left.set(xlabel="epoch", ylabel="test error (%), mean over seeds")
-    left.xaxis.get_major_locator().set_params(integer=True)
+    ticks = epochs[:: len(epochs) // 8 + 1]
+    left.set(xlabel="epoch", ylabel="test error (%), mean over seeds", xticks=ticks)
     middle.set(xlabel="difference after the last epoch (points)", ymargin=0.15)
     middle.axvline(0, c="black", lw=0.5)
-    right.set(xlabel="epoch", ylabel="factors in hidden layers 1 and 2")
+    right.set(xlabel="epoch", ylabel="factors in hidden layers 1 and 2", xticks=ticks)
     left.legend(frameon=False)
     right.legend(frameon=False, loc="center right", bbox_to_anchor=(1, 0.75))
     figure.savefig(folder / "learning_curves.png", dpi=150)

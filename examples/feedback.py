@@ -98,7 +98,7 @@ def report(results, folder):
     right.set(xlabel="difference after the last epoch (points)", ymargin=0.15)
     right.axvline(0, c="black", lw=0.5)
     folder.mkdir(parents=True, exist_ok=True)
-    figure.savefig(folder / "alignment.png", dpi=150, pil_kwargs={"optimize": True})
+    figure.savefig(folder / "alignment.png", dpi=110, pil_kwargs={"optimize": True})
 
 
 def main(arguments=None):

@@ -95,7 +95,7 @@ def report(results, folder):
     print(tabulate(table, ("bits per character", "epoch 1", f"epoch {len(x.T)}"), "github"))
     left.set(xlabel="epoch", ylabel="bits per character, mean over seeds")
     left.legend(frameon=False)
-    right.set(xlabel="difference after the last epoch (bits per character)", ymargin=0.15)
+    right.set(xlabel="difference after the last epoch (bits)", ymargin=0.15)
     right.axvline(0, c="black", lw=0.5)
     folder.mkdir(parents=True, exist_ok=True)
     figure.savefig(folder / "learning_curves.png", dpi=150)
