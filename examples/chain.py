@@ -40,8 +40,7 @@ plt.rc("axes.formatter", min_exponent=3)
 
 class MLP(nnx.Module):
     def __init__(self, rngs):
-        self.hidden1 = nnx.Linear(64, 128, rngs=rngs)
-        self.hidden2 = nnx.Linear(128, 128, rngs=rngs)
+        self.hidden1, self.hidden2 = (nnx.Linear(n, 128, rngs=rngs) for n in (64, 128))
         self.output = nnx.Linear(128, 10, rngs=rngs)
 
     def __call__(self, x):
@@ -96,6 +95,7 @@ def report(results, folder):
     left.legend(frameon=False)
     right.legend(frameon=False, loc="center right", bbox_to_anchor=(1, 0.75))
     figure.savefig(folder / "learning_curves.png", dpi=150)
+    print(f"\nWrote {folder}/learning_curves.png, and METHOD.csv beside it")
 
 
 def main(arguments=None):

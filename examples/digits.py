@@ -25,8 +25,7 @@ from grapes_optax.nnx import propagated
 
 class MLP(nnx.Module):
     def __init__(self, inputs, classes, rngs):
-        self.hidden1 = nnx.Linear(inputs, 128, rngs=rngs)
-        self.hidden2 = nnx.Linear(128, 128, rngs=rngs)
+        self.hidden1, self.hidden2 = (nnx.Linear(n, 128, rngs=rngs) for n in (inputs, 128))
         self.output = nnx.Linear(128, classes, rngs=rngs)
 
     def __call__(self, x):
@@ -97,6 +96,7 @@ def report(results, folder):
     right.set(xlabel="difference after the last epoch (points)", ymargin=0.15)
     right.axvline(0, c="black", lw=0.5)
     figure.savefig(f"{folder}/learning_curves.png", dpi=150)
+    print(f"\nWrote {folder}/learning_curves.png, and checkpoints beside it")
 
 
 def main(arguments=None):

@@ -45,7 +45,7 @@ METHODS = {  # the forward function that is differentiated, and how its curve lo
 }
 PAIRS = "FA-grapes FA", "FA-grapes FA-mean", "DFA-grapes DFA", "DFA-grapes DFA-mean"
 LAYERS = "hidden1", "hidden2"
-plt.rc("axes.formatter", min_exponent=3)
+plt.rcParams.update({"axes.formatter.min_exponent": 3, "figure.constrained_layout.use": True})
 
 
 def loss_fn(model, method, images, labels, feedback):
@@ -77,8 +77,7 @@ def train(method, seed, data, epochs):
 
 
 def report(results, folder):
-    table, (figure, axes) = [], plt.subplots(2, 2, figsize=(10, 6.5), layout="constrained")
-    (left, right), below = axes
+    table, (figure, ((left, right), below)) = [], plt.subplots(2, 2, figsize=(10, 6.5))
     for name, x in results.items():  # seeds, epochs, and accuracy and angles
         table.append([name, *(f"{e.mean():.2f} ± {e.std(ddof=1):.2f}" for e in x[:, -1].T)])
         (accuracy, *angles), epochs = x.mean(0).T, 1 + np.arange(x.shape[1])
@@ -98,6 +97,7 @@ def report(results, folder):
     right.set(xlabel="difference after the last epoch (points)", ymargin=0.15)
     right.axvline(0, c="black", lw=0.5)
     folder.mkdir(parents=True, exist_ok=True)
+    print(f"\nWrote {folder}/alignment.png")
     figure.savefig(folder / "alignment.png", dpi=110, pil_kwargs={"optimize": True})
 
 

@@ -39,8 +39,7 @@ class Block(nnx.Module):
 
 class GPT(nnx.Module):
     def __init__(self, rngs):
-        self.characters = nnx.Embed(128, WIDTH, rngs=rngs)
-        self.places = nnx.Embed(CONTEXT, WIDTH, rngs=rngs)
+        self.characters, self.places = (nnx.Embed(n, WIDTH, rngs=rngs) for n in (128, CONTEXT))
         self.blocks = nnx.Sequential(Block(rngs), Block(rngs), nnx.LayerNorm(WIDTH, rngs=rngs))
         self.output = nnx.Linear(WIDTH, 128, rngs=rngs)
 
@@ -99,6 +98,7 @@ def report(results, folder):
     right.axvline(0, c="black", lw=0.5)
     folder.mkdir(parents=True, exist_ok=True)
     figure.savefig(folder / "learning_curves.png", dpi=150)
+    print(f"\nWrote {folder}/learning_curves.png")
 
 
 def main(arguments=None):

@@ -93,6 +93,7 @@ def report(results, folder):
     right.axvline(0, c="black", lw=0.5)
     folder.mkdir(parents=True, exist_ok=True)
     figure.savefig(folder / "learning_curves.png", dpi=150)
+    print(f"\nWrote {folder}/learning_curves.png")
 
 
 def main(arguments=None):

@@ -38,7 +38,9 @@ CASES = {
 def run(example, options, folder, capsys):
     """Rows of the table: a name, and what is before ± in the columns."""
     importlib.import_module(f"examples.{example}").main([*options.split(), f"--out={folder}"])
-    rows = re.findall(r"^\| (\S.*?) +\|(.*)", capsys.readouterr().out, re.M)
+    printed = capsys.readouterr().out
+    assert f"\nWrote {folder}/" in printed
+    rows = re.findall(r"^\| (\S.*?) +\|(.*)", printed, re.M)
     numbers = {name: re.findall(r"(\S+) ±", cells) for name, cells in rows}
     return {name: [float(x) for x in row] for name, row in numbers.items() if row}
 
@@ -107,6 +109,7 @@ def test_language_sees_the_past_alone():
     np.testing.assert_array_equal(changed, np.arange(language.CONTEXT) >= 20)
 
 
+@pytest.mark.slow
 def test_local_and_propagated_are_the_same_in_one_recurrent_layer(tmp_path, capsys):
     for cell in recurrent.CELLS:
         rows = run("recurrent", f"--seeds=2 --epochs=1 --cell={cell}", tmp_path, capsys)
