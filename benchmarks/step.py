@@ -9,6 +9,7 @@ import json
 import time
 from collections.abc import Iterator
 from importlib.metadata import version
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +180,21 @@ def show(records: list[dict], copy: float) -> str:
     return markdown(columns)
 
 
+def overview(records: list[dict], kind: str) -> str:
+    """Time over that of SGD, with quartiles: a row for each network and type."""
+    chosen = [r for r in records if r["kind"] == kind and r["optimizer"] != "sgd"]
+    columns: dict[str, list[str]] = {"network": [], "type": []}
+    columns |= {r["optimizer"]: [] for r in chosen}
+    for key, row in groupby(chosen, lambda r: (r["network"], r["dtype"])):
+        for name, cell in zip(columns, key, strict=False):
+            columns[name].append(cell)
+        for r in row:
+            low, high = (f"{x:.2f}" if x < 10 else f"{x:,.0f}" for x in r["quartiles"])
+            time = f"{r['time']:.2f}" if r["time"] < 10 else f"{r['time']:,.0f}"
+            columns[r["optimizer"]].append(f"{time} [{low}, {high}]")
+    return markdown(columns)
+
+
 TICKS = (0.5, 0.7, 1, 1.5, 2, 3, 5, 10, 30, 100, 300, 1000, 3000)
 COLOURS = {"float32": "#0072B2", "bfloat16": "#D55E00"}
 TITLES = {"optimizer": "optimizer step", "training": "training step"}
@@ -261,6 +277,9 @@ def main(arguments: list[str] | None = None) -> None:
         size = of_cell[0]["parameters"] / 1e6
         tqdm.write(f"### {name}, {dtype} ({size:,.0f} MB): {TITLES[kind]}\n")
         tqdm.write(show(of_cell, copy) + "\n")
+    for kind in options.kinds:
+        print(f"### {TITLES[kind].capitalize()}: time / plain SGD, median [quartiles]\n")
+        print(overview(records, kind) + "\n")
     options.output.mkdir(parents=True, exist_ok=True)
     packages = ("jax", "jaxlib", "optax")
     result = {

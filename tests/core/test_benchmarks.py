@@ -39,7 +39,12 @@ def test_step_is_counted_timed_and_drawn(tmp_path, capsys):
         assert record["quartiles"][0] <= record["time"] <= record["quartiles"][1]
         assert record["rounds"] == 2
     assert (tmp_path / "step.png").stat().st_size > 10_000
-    assert "bandwidth / copy" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "bandwidth / copy" in printed
+    for kind in step.KINDS:
+        rows = step.overview(result["records"], kind)
+        assert rows in printed
+        assert len(rows.splitlines()) == 2 + len(step.DTYPES)
 
 
 def test_networks_name_their_layers():
