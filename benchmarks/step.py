@@ -195,7 +195,7 @@ def overview(records: list[dict], kind: str) -> str:
     return markdown(columns)
 
 
-TICKS = (0.5, 0.7, 1, 1.5, 2, 3, 5, 10, 30, 100, 300, 1000, 3000)
+TICKS = (1, 2, 5, 10, 100, 1000)
 COLOURS = {"float32": "#0072B2", "bfloat16": "#D55E00"}
 TITLES = {"optimizer": "optimizer step", "training": "training step"}
 

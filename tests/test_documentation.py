@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 
 import grapes_optax
-from benchmarks import spiking
+from benchmarks import spiking, step
 from examples import digits
 
 ROOT = Path(__file__).parents[1]
@@ -100,6 +101,13 @@ def test_table_of_the_demo_is_in_the_readme():
     rows = re.findall(r"^\| (\S.*?) +\| +[+-]?[\d.]+ ± ", (ROOT / "README.md").read_text(), re.M)
     pairs = (pair.split() for pair in digits.PAIRS)
     assert rows == [*digits.METHODS, *(f"{name} minus {other}" for name, other in pairs)]
+
+
+def test_tables_of_the_steps_are_those_of_the_results():
+    records = json.loads((ROOT / "benchmarks/results/step.json").read_text())["records"]
+    page = (ROOT / "docs/scale.md").read_text()
+    for kind in step.KINDS:
+        assert step.overview(records, kind) in page
 
 
 def test_every_example_is_on_a_page():
