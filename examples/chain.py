@@ -107,12 +107,12 @@ def main(arguments=None):
     options = parser.parse_args(arguments)
     if options.epochs < 1 or options.seeds < 2:
         parser.error("one epoch and two seeds are the least")
+    options.out.mkdir(parents=True, exist_ok=True)
     data, seeds, results = load(), range(options.seeds), {}
     schedule = optax.cosine_decay_schedule(0.05, options.epochs * (len(data.train_labels) // 32))
     for m in METHODS if options.method == "all" else dict.fromkeys(["plain", options.method]):
         tx = optax.chain(*METHODS[m], optax.scale_by_learning_rate(schedule))
         results[m] = np.array([[*train(tx, m, seed, data, options.epochs)] for seed in seeds])
-    options.out.mkdir(parents=True, exist_ok=True)
     report(results, options.out)
 
 

@@ -79,8 +79,9 @@ def load(name: str = "digits", folder: str | Path | None = None, download: bool 
         needed = " and ".join(f"{split}-*.parquet" for split in source.splits)
         raise FileNotFoundError(
             f"{name} is missing: put its {needed} into {Path(folder or 'FOLDER') / name} and give "
-            f"the folder {folder or 'FOLDER'}, or pass --download for {source.hub} of the Hugging "
-            "Face hub. Either way needs: pip install '.[data]'"
+            f"the folder, --data={folder or 'FOLDER'}, or fetch {source.hub} from the Hugging Face "
+            "hub by load(..., download=True), which is --download of examples.paper. Either way "
+            "needs: pip install '.[data]'"
         )
     train, test = (gather(source, tables) for tables in splits)
     return Data(*train, *test)

@@ -96,7 +96,6 @@ def report(results, folder):
     left.legend(frameon=False)
     right.set(xlabel="difference after the last epoch (points)", ymargin=0.15)
     right.axvline(0, c="black", lw=0.5)
-    folder.mkdir(parents=True, exist_ok=True)
     print(f"\nWrote {folder}/alignment.png")
     figure.savefig(folder / "alignment.png", dpi=110, pil_kwargs={"optimize": True})
 
@@ -110,6 +109,7 @@ def main(arguments=None):
     options = parser.parse_args(arguments)
     if options.epochs < 1 or options.seeds < 2:
         parser.error("one epoch and two seeds are the least")
+    options.out.mkdir(parents=True, exist_ok=True)
     data, seeds, results = load(), range(options.seeds), {}
     for method in METHODS if options.method == "all" else dict.fromkeys(["BP", options.method]):
         results[method] = np.array([[*train(method, seed, data, options.epochs)] for seed in seeds])

@@ -96,7 +96,6 @@ def report(results, folder):
     left.legend(frameon=False)
     right.set(xlabel="difference after the last epoch (bits)", ymargin=0.15)
     right.axvline(0, c="black", lw=0.5)
-    folder.mkdir(parents=True, exist_ok=True)
     figure.savefig(folder / "learning_curves.png", dpi=150)
     print(f"\nWrote {folder}/learning_curves.png")
 
@@ -110,6 +109,7 @@ def main(arguments=None):
     options = parser.parse_args(arguments)
     if options.epochs < 1 or options.seeds < 2:
         parser.error("one epoch and two seeds are the least")
+    options.out.mkdir(parents=True, exist_ok=True)
     epochs, seeds, results = options.epochs, range(options.seeds), {}
     for method in METHODS if options.method == "all" else dict.fromkeys(["plain", options.method]):
         results[method] = np.array([[*train(method, *METHODS[method], s, epochs)] for s in seeds])

@@ -362,16 +362,17 @@ class Call:
 
     def cut(self, path: str, x: jax.Array, dtype: Any) -> jax.Array:
         """Cuts the gradient at the input of a layer, which the tap will make up for."""
-        if len(self.reached) == 1:  # nothing before the first layer learns
-            if self.drawn is not None:
-                self.drawn[path] = None
-            return x
+        # Also of the first layer: a scan, which is traced once, may call it many times.
         if get_opaque_trace_state() != self.trace:
             raise ValueError(
                 f"{path} lies inside a transform within the forward function (scan, RNN, remat,"
                 " vmap, jit, ...), where direct feedback alignment cannot reach it: exclude it with"
                 " `where`, or apply direct feedback alignment inside that transform."
             )
+        if len(self.reached) == 1:  # nothing before the first layer learns
+            if self.drawn is not None:
+                self.drawn[path] = None
+            return x
         if self.drawn is not None:
             self.drawn.setdefault(path, None)  # its number; the logits say the rest
         self.taps.append((path, x, dtype))

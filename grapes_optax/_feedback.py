@@ -63,6 +63,17 @@ class Alignment(NamedTuple):
     ratio: jax.Array
 
 
+def _direction(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """A vector of length 1, and the length as a number times a power of two.
+
+    Squares of very small and very large entries would be beyond the type.
+    """
+    _, exponent = jnp.frexp(jnp.max(jnp.abs(x), initial=0.0))
+    x = jnp.ldexp(x, -exponent)
+    length = jnp.linalg.norm(x)
+    return x / length, length, exponent
+
+
 def alignment(first: optax.Params, second: optax.Params) -> dict[str, Alignment]:
     r"""Angle and norm ratio of every leaf of one tree to the leaf of that path in another.
 
@@ -102,10 +113,12 @@ def alignment(first: optax.Params, second: optax.Params) -> dict[str, Alignment]
         a, b = jnp.asarray(a), jnp.asarray(others[path])
         check_whole(a)
         wide = jnp.promote_types(jnp.promote_types(a.dtype, b.dtype), jnp.float32)
-        a, b = jnp.ravel(a).astype(wide), jnp.ravel(b).astype(wide)
-        lengths = jnp.linalg.norm(a), jnp.linalg.norm(b)
-        u, v = a / lengths[0], b / lengths[1]
+        (u, length, exponent), (v, other, of_other) = (
+            _direction(jnp.ravel(x).astype(wide)) for x in (a, b)
+        )
+        ratio = jnp.ldexp(length / other, exponent - of_other)
         # Exact for small angles too, where the arc cosine is not.
         angle = 2 * jnp.arctan2(jnp.linalg.norm(u - v), jnp.linalg.norm(u + v))
-        result[path] = Alignment(jnp.degrees(angle), lengths[0] / lengths[1])
+        angle = jnp.where(jnp.isnan(ratio), jnp.nan, jnp.degrees(angle))
+        result[path] = Alignment(angle, ratio)
     return result

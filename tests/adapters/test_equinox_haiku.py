@@ -270,6 +270,18 @@ def test_layer_stack_of_haiku():
     np.testing.assert_allclose(ratio, expected, rtol=1e-4)
 
 
+def test_direct_feedback_cannot_reach_a_stack_that_comes_first():
+    def stacked(x):
+        x = hk.experimental.layer_stack(3)(lambda x: jnp.tanh(hk.Linear(8)(x)))(x)
+        return hk.Linear(3)(x)
+
+    x = normal(2, 8)
+    apply, params = transformed(stacked, x)
+    rule = ghk.direct_feedback_alignment(apply)
+    with pytest.raises(ValueError, match="inside a transform within the forward function"):
+        ghk.init_feedback(KEY, rule, params, x)
+
+
 def test_what_is_no_layer_of_haiku():
     def unroll(x):
         core = hk.GRU(6)

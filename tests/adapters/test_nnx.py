@@ -375,6 +375,23 @@ def test_direct_feedback_cannot_reach_into_loops():
     assert jnp.abs(grads["rnn"]["cell"]["dense_h"]["kernel"]).max() > 0
 
 
+def test_direct_feedback_cannot_reach_a_scan_that_comes_first():
+    """Its only layer is the first one that is called, but not each time that the loop calls it."""
+
+    @nnx.split_rngs(splits=3)
+    @nnx.vmap
+    def make(rngs):
+        return nnx.Linear(5, 5, rngs=rngs)
+
+    @nnx.scan(in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
+    def scanned(layer, x):
+        return nnx.relu(layer(x))
+
+    rule = direct_feedback_alignment(lambda layers, x: scanned(layers, x))
+    with pytest.raises(ValueError, match="inside a transform within the forward function"):
+        init_feedback(jax.random.key(0), rule, make(nnx.Rngs(0)), normal(2, 5))
+
+
 @pytest.mark.parametrize(
     "make",
     [nnx.SimpleCell, nnx.LSTMCell, nnx.OptimizedLSTMCell, nnx.GRUCell],

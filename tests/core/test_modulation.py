@@ -160,6 +160,16 @@ def test_alignment_at_the_ends():
     assert jnp.isnan(alignment([a], [0 * a])["0"].angle)
 
 
+@pytest.mark.parametrize("scale", [1e-37, 1e-20, 1e19, 1e38])
+def test_alignment_of_very_small_and_very_large_arrays(scale):
+    a, b = np.full(10, scale, np.float32), np.arange(1.0, 11)
+    angle, ratio = jax.jit(alignment)([a], [b])["0"]
+    expected = np.degrees(np.arccos(b.sum() / np.linalg.norm(b) / np.sqrt(10)))
+    np.testing.assert_allclose(angle, expected, rtol=1e-5)
+    np.testing.assert_allclose(ratio, np.sqrt(10) / np.linalg.norm(b) * scale, rtol=1e-5)
+    np.testing.assert_allclose(jax.jit(alignment)([a], [a])["0"], [0, 1])
+
+
 def test_alignment_of_a_part_of_the_parameters():
     params = {"Dense_0": {"kernel": normal(5, 7), "bias": normal(7)}}
     assert list(alignment({"Dense_0": {"kernel": normal(5, 7)}}, params)) == ["Dense_0/kernel"]
