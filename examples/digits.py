@@ -1,13 +1,12 @@
 """Handwritten digits with a dense network in Flax nnx: plain training, GRAPES and its controls.
 
-Every method sees the same initial weights and batches, seed by seed. The controls: `mean` and
-`propagated-mean` give every node the mean factor of its layer, `twice` is plain at twice the rate.
-Prints test accuracies, ± standard deviation, and differences paired by seed, ± 95 % interval;
-writes into --out learning_curves.png, and Orbax checkpoints METHOD-SEED of networks and optimizers.
+Every method has the same initial weights and batches, seed by seed. The controls: `mean` and
+`propagated-mean`, the mean factor of its layer for every node; `twice`, plain at twice the rate.
+Prints accuracies and differences; writes into --out a picture, and Orbax checkpoints METHOD-SEED.
 """
 
 import argparse
-import os
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -76,7 +75,7 @@ def train(method, seed, data, options):
         metrics.reset()
         yield 100 * (model(data.test_images).argmax(-1) == data.test_labels).mean()
     with ocp.StandardCheckpointer() as saver:
-        saver.save(f"{options.out}/{method}-{seed}", nnx.state((model, optimizer)), force=True)
+        saver.save(options.out / f"{method}-{seed}", nnx.state((model, optimizer)), force=True)
 
 
 def report(results, folder):
@@ -95,7 +94,7 @@ def report(results, folder):
     left.legend(frameon=False)
     right.set(xlabel="difference after the last epoch (points)", ymargin=0.15)
     right.axvline(0, c="black", lw=0.5)
-    figure.savefig(f"{folder}/learning_curves.png", dpi=150)
+    figure.savefig(folder / "learning_curves.png", dpi=150)
     print(f"\nWrote {folder}/learning_curves.png, and checkpoints beside it")
 
 
@@ -106,10 +105,11 @@ def main(arguments=None):
     parser.add_argument("--seeds", type=int, default=6, help="two or more")
     parser.add_argument("--dataset", choices=SETS, default="digits")
     parser.add_argument("--data", help="folder of the other sets, see examples/data.py")
-    parser.add_argument("--out", type=os.path.abspath, default="runs/digits")
+    parser.add_argument("--out", type=lambda path: Path(path).absolute(), default="runs/digits")
     options = parser.parse_args(arguments)
     if options.epochs < 1 or options.seeds < 2:
         parser.error("one epoch and two seeds are the least")
+    options.out.mkdir(parents=True, exist_ok=True)
     data, seeds, results = load(options.dataset, options.data), range(options.seeds), {}
     for method in METHODS if options.method == "all" else dict.fromkeys(["plain", options.method]):
         results[method] = np.array([[*train(method, seed, data, options)] for seed in seeds])

@@ -119,6 +119,5 @@ def alignment(first: optax.Params, second: optax.Params) -> dict[str, Alignment]
         ratio = jnp.ldexp(length / other, exponent - of_other)
         # Exact for small angles too, where the arc cosine is not.
         angle = 2 * jnp.arctan2(jnp.linalg.norm(u - v), jnp.linalg.norm(u + v))
-        angle = jnp.where(jnp.isnan(ratio), jnp.nan, jnp.degrees(angle))
-        result[path] = Alignment(angle, ratio)
+        result[path] = Alignment(jnp.degrees(angle), ratio)
     return result

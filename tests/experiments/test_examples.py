@@ -60,6 +60,15 @@ def test_example(example, tmp_path, capsys):
     assert (tmp_path / "learning_curves.png").stat().st_size > 10_000
 
 
+@pytest.mark.parametrize("example", [*CASES, "language", "feedback"])
+def test_example_that_cannot_write_does_not_train(example, tmp_path, monkeypatch):
+    module, taken = importlib.import_module(f"examples.{example}"), tmp_path / "taken"
+    taken.touch()
+    monkeypatch.setattr(module, "train", lambda *_: pytest.fail("it trains"))
+    with pytest.raises(FileExistsError, match="taken"):
+        module.main([f"--out={taken}"])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("example", ["digits", "chain"])
 def test_one_method_runs_beside_plain_on_the_same_weights_and_batches(example, tmp_path, capsys):
