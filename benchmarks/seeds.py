@@ -7,8 +7,8 @@ import numpy as np
 
 from benchmarks.timing import markdown, seconds_side_by_side, versions
 from examples.data import Data
-from examples.paper.cells import AUTHORS, Cell, build
-from examples.paper.training import epoch_of, seed_keys, start
+from grapes_experiments.cells import AUTHORS, Cell, build
+from grapes_experiments.training import epoch_of, seed_keys, start
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from benchmarks.timing import markdown
 from examples import data
-from examples.paper import networks, training
+from grapes_experiments import networks, training
 
 THROUGH_TIME = "propagated, through time"
 VARIANTS = [

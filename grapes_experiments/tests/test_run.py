@@ -18,10 +18,10 @@ import optax
 import pytest
 
 from examples.data import Data, load
-from examples.paper import __main__ as paper
-from examples.paper import records, training
-from examples.paper import run as runner
-from examples.paper.cells import (
+from grapes_experiments import __main__ as paper
+from grapes_experiments import records, training
+from grapes_experiments import run as runner
+from grapes_experiments.cells import (
     AUTHORS,
     INITS,
     NETWORKS,
@@ -31,11 +31,11 @@ from examples.paper.cells import (
     build,
     state_bytes,
 )
-from examples.paper.experiments import EXPERIMENTS, PRESETS, SAME_RUN, Choice, Scale, plan
-from examples.paper.networks import MLP
-from examples.paper.records import BEST, SAME, TUNING
-from examples.paper.run import run
-from examples.paper.units import Contender, Lanes, Unit, held_out, permuted
+from grapes_experiments.experiments import EXPERIMENTS, PRESETS, SAME_RUN, Choice, Scale, plan
+from grapes_experiments.networks import MLP
+from grapes_experiments.records import BEST, SAME, TUNING
+from grapes_experiments.run import run
+from grapes_experiments.units import Contender, Lanes, Unit, held_out, permuted
 
 pytestmark = pytest.mark.usefixtures("promotion_of_frameworks")
 
@@ -356,7 +356,7 @@ def test_killed_process_goes_on(tmp_path):
     command = [
         sys.executable,
         "-m",
-        "examples.paper",
+        "grapes_experiments",
         *options,
         "--save-every=0",
         f"--out={tmp_path}",
@@ -451,7 +451,7 @@ def test_command_that_is_recorded_names_no_folder(tmp_path):
     )
     run_line, *_ = records.read(tmp_path).runs
     assert run_line["command"] == (
-        "python -m examples.paper run memory --optimizers sgd --data=FOLDER"
+        "python -m grapes_experiments run memory --optimizers sgd --data=FOLDER"
     )
     assert {"jax", "optax", "flax", "python"} <= set(run_line["versions"])
     assert run_line["commit"]

@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 from tabulate import tabulate
 
-from examples.paper import figures, records
-from examples.paper.cells import AUTHORS, Setup
-from examples.paper.experiments import EXPERIMENTS
-from examples.paper.records import BEST, SAME, TUNING, Record, Results
-from examples.paper.statistics import (
+from grapes_experiments import figures, records
+from grapes_experiments.cells import AUTHORS, Setup
+from grapes_experiments.experiments import EXPERIMENTS
+from grapes_experiments.records import BEST, SAME, TUNING, Record, Results
+from grapes_experiments.statistics import (
     BETTER,
     CLAIM,
     COVERAGE,

@@ -1,7 +1,8 @@
 """Runs the experiments of the paper with their controls, and reports what came out.
 
-python -m examples.paper run accuracy --preset=smoke
-python -m examples.paper report runs/paper/accuracy-digits-smoke
+python -m grapes_experiments run accuracy --preset=smoke
+python -m grapes_experiments report runs/paper/accuracy-digits-smoke
+python -m grapes_experiments shorten runs/paper/accuracy-digits-smoke docs/results/accuracy-digits
 """
 
 import argparse
@@ -17,12 +18,14 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from examples.data import SETS, load
-from examples.paper.cells import INITS, NETWORKS, OPTIMIZERS
-from examples.paper.experiments import EXPERIMENTS, PRESETS, SAME_RUN, Choice, plan
-from examples.paper.report import report
-from examples.paper.run import run
-from examples.paper.training import RULES
+from examples.data import SETS, Data, load
+from grapes_experiments import records
+from grapes_experiments.cells import INITS, NETWORKS, OPTIMIZERS
+from grapes_experiments.changes import CHANGES
+from grapes_experiments.experiments import EXPERIMENTS, PRESETS, SAME_RUN, Choice, Plan, plan
+# REPORT
+from grapes_experiments.run import run
+from grapes_experiments.variants import RULES
 
 ALL = "all"
 FOLDER = Path("runs/paper")
@@ -57,9 +60,10 @@ def above(kind: Callable[[str], Any], low: float, most: float = math.inf) -> Cal
 
 
 # Options that change the set-up of all cells: what checks them, and what they are.
+OWN = " (default: the experiment's own)"
 SETUP: dict[str, tuple[Callable[[str], Any], str]] = {
-    "network": (one_of(NETWORKS), "instead of the experiment's own"),
-    "init": (one_of(INITS), "initial weights of dense networks"),
+    "network": (one_of(NETWORKS), ", ".join(NETWORKS) + OWN),
+    "init": (one_of(INITS), (", ".join(INITS) + OWN).replace("%", "%%")),
     "width": (above(int, 0), "nodes of a hidden layer"),
     "depth": (above(int, 0), "hidden layers"),
     "keep": (above(float, 0, 1), "share of the nodes that dropout keeps"),
@@ -70,15 +74,21 @@ SETUP: dict[str, tuple[Callable[[str], Any], str]] = {
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m examples.paper",
+        prog="python -m grapes_experiments",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="run | report")
+    metavar = "run | report | shorten"
+    commands = parser.add_subparsers(dest="command", required=True, metavar=metavar)
     runs = commands.add_parser("run", help="train", allow_abbrev=False)
     reports = commands.add_parser("report", help="tables, figures, verdicts", allow_abbrev=False)
     reports.add_argument("out", type=Path, help="folder of one run, or of several")
+    short = commands.add_parser(
+        "shorten", help="copy of what a report needs, a tenth of the lines", allow_abbrev=False
+    )
+    short.add_argument("run", type=Path, help="folder of one run")
+    short.add_argument("out", type=Path, help="another folder")
 
     listed = "; ".join(f"{name}: {e.question}" for name, e in EXPERIMENTS.items()) + f"; or {ALL}"
     names = [*EXPERIMENTS, *SAME_RUN, ALL]
@@ -88,20 +98,29 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     def option(name: str, **settings: Any) -> None:
         options.extend(runs.add_argument(name, **settings).option_strings)
 
-    option("--preset", type=one_of(PRESETS), default="standard", help=", ".join(PRESETS))
-    option("--dataset", type=one_of(SETS), default="digits", help=", ".join(SETS))
+    def choices(known: Iterable[str], default: object = None) -> str:
+        text = f" (default: {default})" if default else ""
+        return ", ".join(known).replace("%", "%%") + text
+
+    standard, digits = "standard", "digits"
+    option("--preset", type=one_of(PRESETS), default=standard, help=choices(PRESETS, standard))
+    option("--dataset", type=one_of(SETS), default=digits, help=choices(SETS, digits))
     option("--data", type=Path, help="folder of the other sets, as Parquet files")
     option("--download", action="store_true", help="from the Hugging Face hub, if need be")
     option("--out", type=Path, help=f"folder; {FOLDER}/EXPERIMENT-DATASET-PRESET by default")
     option("--seeds", type=above(int, 1), help="networks, trained at once, instead of the preset's")
     option("--epochs", type=above(int, 0), help="instead of the preset's")
+    option("--first-seed", type=above(int, -1), default=0, help="of a replication (default: 0)")
+    option("--untuned", action="store_true", help="at the common rate alone")
     for name, known in ("--rules", RULES), ("--optimizers", OPTIMIZERS):
-        option(name, nargs="+", type=one_of(known), default=tuple(known), metavar="NAME")
+        text = choices(known, "all")
+        option(name, nargs="+", type=one_of(known), default=tuple(known), metavar="NAME", help=text)
     option("--panels", nargs="+", default=(), metavar="NAME", help="of the experiment, not all")
     for name, (check, text) in SETUP.items():
         option(f"--{name}", type=check, help=text)
     option("--tensorboard", action="store_true", help="event files too; needs tensorboardX")
-    option("--save-every", type=above(float, -1), default=60.0, help="seconds between checkpoints")
+    seconds = "seconds between checkpoints (default: 60)"
+    option("--save-every", type=above(float, -1), default=60.0, help=seconds)
 
     chosen, unknown = parser.parse_known_args(arguments)
     for text in unknown:
@@ -118,7 +137,7 @@ def recorded(arguments: list[str], chosen: argparse.Namespace) -> str:
     values = {str(value) for value in folders.values()}
     shown = [a for a in arguments if a.split("=")[0] not in folders and a not in values]
     return shlex.join(
-        ["python", "-m", "examples.paper", *shown, *["--data=FOLDER"] * bool(chosen.data)]
+        ["python", "-m", "grapes_experiments", *shown, *["--data=FOLDER"] * bool(chosen.data)]
     )
 
 
@@ -127,10 +146,21 @@ def train(chosen: argparse.Namespace, command: str) -> None:
     setup = {name: getattr(chosen, name) for name in SETUP if getattr(chosen, name) is not None}
     choice = Choice(chosen.rules, chosen.optimizers, chosen.panels)
     plans = [
-        plan(name, chosen.preset, chosen.dataset, choice, chosen.seeds, chosen.epochs, **setup)
+        plan(
+            name,
+            chosen.preset,
+            chosen.dataset,
+            choice,
+            chosen.seeds,
+            chosen.epochs,
+            chosen.first_seed,
+            not chosen.untuned,
+            **setup,
+        )
         for name in (EXPERIMENTS if every else [chosen.experiment])
     ]
     data = load(chosen.dataset, chosen.data, chosen.download)
+    source = source_of(plans, chosen)
     named = every or not chosen.out  # folders of their own
     out = chosen.out or FOLDER
     for wanted in plans:
@@ -138,23 +168,49 @@ def train(chosen: argparse.Namespace, command: str) -> None:
         print(f"{wanted.experiment}: {EXPERIMENTS[wanted.experiment].question}", file=sys.stderr)
         folder = out / own if named else out
         with writing_to(folder):
-            run(
+            trained = run(
                 wanted,
                 data,
                 folder,
                 command,
+                source=source,
                 save_every=chosen.save_every,
                 tensorboard=chosen.tensorboard,
             )
-    print(f"Done. Report it: python -m examples.paper report {out}")
+        if not trained:
+            print(f"{folder} is complete: nothing was left to train.")
+    print(f"Done. Report it: python -m grapes_experiments report {out}")
+
+
+# What networks are trained on before they are transferred; permuted pixels where there is none.
+SOURCES = {"fashion_mnist": "mnist", "mnist": "fashion_mnist", "emnist": "mnist"}
+
+
+def source_of(plans: Iterable[Plan], chosen: argparse.Namespace) -> Data | None:
+    changes = {cell.setup.before for wanted in plans for cell in wanted.cells}
+    transferred = any(not CHANGES[name][1] for name in changes if name)
+    if not transferred or chosen.dataset not in SOURCES:
+        return None
+    return load(SOURCES[chosen.dataset], chosen.data, chosen.download)
+
+
+def shorten(folder: Path, out: Path) -> None:
+    lines = records.lines_of(folder / records.NAME)
+    tasks = records.read(folder).plan.tasks
+    out.mkdir(parents=True, exist_ok=True)
+    short = "".join(map(records.compact, records.shortened(lines, tasks)))
+    records.replace(out / records.NAME, short.encode())
 
 
 def main(arguments: list[str]) -> None:
     chosen = parse(arguments)
     try:
-        if chosen.command == "report":
+        if chosen.command == "shorten":
             with writing_to(chosen.out):
-                report(chosen.out)
+                shorten(chosen.run, chosen.out)
+        elif chosen.command == "report":
+            with writing_to(chosen.out):
+                from grapes_experiments.report import report; report(chosen.out)
         else:
             train(chosen, recorded(arguments, chosen))
     except KeyboardInterrupt:

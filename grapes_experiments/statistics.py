@@ -9,8 +9,8 @@ from typing import NamedTuple
 import numpy as np
 from scipy import optimize, stats
 
-from examples.paper.cells import Cell
-from examples.paper.records import BEST, SAME, TUNING, Record, Results, best_rate
+from grapes_experiments.cells import Cell
+from grapes_experiments.records import BEST, SAME, TUNING, Record, Results, best_rate
 
 # Records.
 

@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from examples.paper import figures, records
-from examples.paper import statistics as numbers
-from examples.paper.experiments import EXPERIMENTS, Choice, Plan, Scale, plan
-from examples.paper.records import BEST, SAME, TUNING
-from examples.paper.report import report
+from grapes_experiments import figures, records
+from grapes_experiments import statistics as numbers
+from grapes_experiments.experiments import EXPERIMENTS, Choice, Plan, Scale, plan
+from grapes_experiments.records import BEST, SAME, TUNING
+from grapes_experiments.report import report
 
 RUN = {
     "kind": "run",
-    "command": "python -m examples.paper run accuracy",
+    "command": "python -m grapes_experiments run accuracy",
     "versions": {"python": "3.11", "jax": "0.10"},
     "commit": "abc",
     "device": "cpu: cpu, 2 CPU cores",
@@ -205,7 +205,7 @@ def test_forgetting():
 def test_head(reported):
     text = (reported / "report.md").read_text()
     assert text.startswith(f"# {EXPERIMENTS['accuracy'].question}\n")
-    assert "`python -m examples.paper run accuracy`." in text
+    assert "`python -m grapes_experiments run accuracy`." in text
     assert "the authors' set-up: dense network; width 256;" in text
     assert "5 seeds, 4 epochs." in text
     edge = "FA, sgd: propagated, not clipped (0.025)"

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from examples.paper import figures, records
-from examples.paper import report as reports
-from examples.paper.statistics import YES, claims, comparisons
+from grapes_experiments import figures, records
+from grapes_experiments import report as reports
+from grapes_experiments.statistics import YES, claims, comparisons
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
 UNFINISHED = {"spiking-mnist"}  # cut off, and its report says so

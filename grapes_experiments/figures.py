@@ -17,10 +17,10 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, NullLocator
 
-from examples.paper.cells import Cell
-from examples.paper.records import BEST, SAME, Record, Results, replace
-from examples.paper.statistics import at, curve, ends, final, panels, slowness
-from examples.paper.training import VARIANTS
+from grapes_experiments.cells import Cell
+from grapes_experiments.records import BEST, SAME, Record, Results, replace
+from grapes_experiments.statistics import at, curve, ends, final, panels, slowness
+from grapes_experiments.training import VARIANTS
 
 # Colour, most of them by Okabe and Ito, and line style of every variant: what shares a colour with
 # another differs in dashes.

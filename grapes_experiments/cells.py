@@ -14,8 +14,18 @@ import jax.numpy as jnp
 import optax
 
 from examples.data import SETS
-from examples.paper.networks import CELLS, MLP, SPIKING, Reader, ResNet9, Spiking, spikes
-from examples.paper.training import Array, Method, Prepare, as_it_is, method
+from grapes_experiments.networks import (
+    CELLS,
+    MLP,
+    SPIKING,
+    ConvNet,
+    Reader,
+    ResNet9,
+    Spiking,
+    spikes,
+)
+from grapes_experiments.training import Array, Method, Prepare, as_it_is
+from grapes_experiments.variants import PLAIN, Variant, method
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,8 +43,9 @@ class Setup:
     keep: float = 0.9
     init: str = "he_uniform"
     optimizer: str = "sgd"
-    rate: float = 0.1  # of every contender, when all are compared at the same one
+    rate: float = 0.1  # of every variant, when all are compared at the same one
     batch: int = 64
+    before: str = ""  # what is done to trained weights before the run, of changes.CHANGES
 
 
 AUTHORS = Setup()
@@ -42,12 +53,16 @@ AUTHORS = Setup()
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """One contender, among those of its panel."""
+    """One variant, among those of its panel."""
 
     panel: str
-    variant: str  # of training.VARIANTS
-    rule: str  # of training.RULES
-    setup: Setup
+    variant: Variant = PLAIN
+    rule: str = "BP"  # of variants.RULES
+    setup: Setup = AUTHORS
+
+    @property
+    def name(self) -> str:
+        return self.variant.name
 
 
 # Initial weights.
@@ -118,6 +133,7 @@ def spikes_for(dataset: str) -> Prepare:
 
 NETWORKS: dict[str, Network] = {
     "dense": Network(dense),
+    "convolutional": Network(lambda setup, classes: ConvNet(setup.width, setup.depth, classes)),
     "ResNet-9": Network(lambda setup, classes: ResNet9(setup.width, classes)),
     **{
         name: Network(lambda s, classes, cell=cell: Reader(cell, s.width, s.depth, classes))
@@ -146,14 +162,14 @@ OPTIMIZERS: dict[str, tuple[optax.GradientTransformation, float]] = {
 }
 
 
-def optimizer_of(cell: Cell, *after: optax.GradientTransformation) -> Method:
-    """The contender's optimizer, with what comes `after` the one of the table."""
+def method_of(cell: Cell, *after: optax.GradientTransformation) -> Method:
+    """The variant's optimizer, with what comes `after` the one of the table."""
     setup = cell.setup
     optimizer, _ = OPTIMIZERS[setup.optimizer]
     hidden = [f"Dense_{layer}/kernel" for layer in range(setup.depth)]
     layers = [*hidden, "output/kernel"]
     trained = method(optax.chain(optimizer, *after), cell.variant, cell.rule, layers)
-    if setup.init.startswith("pruned"):
+    if setup.init.startswith("pruned") or setup.before.startswith("pruned"):
         return trained._replace(optimizer=optax.chain(trained.optimizer, keep_zeros()))
     return trained
 
@@ -163,7 +179,7 @@ def build(cell: Cell, dataset: str) -> tuple[nn.Module, Method, Prepare]:
     network = NETWORKS[cell.setup.network]
     rate = optax.inject_hyperparams(optax.scale)(step_size=cell.setup.rate)
     model = network.build(cell.setup, SETS[dataset].classes)
-    return model, optimizer_of(cell, rate), network.prepare(dataset)
+    return model, method_of(cell, rate), network.prepare(dataset)
 
 
 def at_rates(state: Any, rates: Array) -> Any:
@@ -173,7 +189,7 @@ def at_rates(state: Any, rates: Array) -> Any:
 
 def state_bytes(cell: Cell, params: Any) -> int:
     """Bytes of the state of the optimizer of one network at a constant learning rate."""
-    return tree_bytes(jax.eval_shape(optimizer_of(cell).optimizer.init, params))
+    return tree_bytes(jax.eval_shape(method_of(cell).optimizer.init, params))
 
 
 def tree_bytes(tree: Any) -> int:

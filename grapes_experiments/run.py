@@ -25,11 +25,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 from tqdm import tqdm
 
-from examples.data import Data, package
-from examples.paper import records
-from examples.paper.cells import Cell
-from examples.paper.experiments import Plan
-from examples.paper.units import Contender, Lanes, Unit, units_of
+from examples.data import SETS, Data, package
+from grapes_experiments import records
+from grapes_experiments.cells import Cell
+from grapes_experiments.experiments import Plan
+from grapes_experiments.units import Lanes, Runner, Unit, units_of
 
 
 def commit() -> str:
@@ -97,10 +97,9 @@ class Folder:
         lines = records.lines_of(self.file)
         for line in lines:
             if line["kind"] == "run" and line["plan"] != wanted:
-                differ = [key for key in wanted if line["plan"].get(key) != wanted[key]]
                 raise ValueError(
-                    f"{path} holds another run, which differs in {', '.join(differ)}: choose"
-                    " another --out, or remove it"
+                    f"{path} holds another run ({'; '.join(differences(line['plan'], wanted))}):"
+                    " choose another --out, or remove it"
                 )
         options = ocp.CheckpointManagerOptions(max_to_keep=1)
         checkpoints = (path / "checkpoints").absolute()
@@ -132,7 +131,8 @@ class Folder:
         """The lines up to the last state that was saved, or to the last unit that is whole."""
         units = [i for i, line in enumerate(lines) if line["kind"] == "unit"]
         epochs = [i for i, line in enumerate(lines) if line["kind"] == "epoch"]
-        if not units or len([i for i in epochs if i > units[-1]]) > lines[units[-1]]["epochs"]:
+        ended = [lines[i]["epoch"] for i in epochs if i > max(units, default=0)][-1:]
+        if not units or ended == [lines[units[-1]]["epochs"]]:
             return lines
         saved = self.manager.latest_step() or 0
         if 0 < saved <= len(epochs) and epochs[saved - 1] > units[-1]:
@@ -141,7 +141,8 @@ class Folder:
 
     def note(self, line: dict[str, Any]) -> None:
         if line["kind"] == "unit":
-            self.unit = self.units[line["cell"], line["phase"]] = line, []
+            key = line["cell"], line["phase"], tuple(line["rates"])
+            self.unit = self.units[key] = line, []
         elif line["kind"] == "epoch":
             self.unit[1].append(line)
             self.written += 1
@@ -166,12 +167,42 @@ class Folder:
     def saved_ago(self) -> float:
         return time.monotonic() - self.saved
 
-    def epochs_of(self, unit: Unit) -> list[dict[str, Any]]:
-        return self.units.get((unit.cell, unit.phase), (None, []))[1]
+    def next_epoch(self, unit: Unit) -> int:
+        """The first that is not in the file."""
+        _, epochs = self.units.get((unit.cell, unit.phase, unit.rates), (None, []))
+        return 1 + epochs[-1]["epoch"] if epochs else 0
 
-    def best_rate(self, cell: int) -> float:
-        tuning = self.units[cell, records.TUNING]
-        return records.best_rate(records.record(self.plan.cells[cell], *tuning))
+    def tuned(self, cell: int) -> records.Record:
+        """What chose the learning rate of a cell so far."""
+        plan, classes = self.plan, SETS[self.plan.dataset].classes
+        return records.joined(
+            [
+                records.record(plan.cells[cell], *whole, classes)
+                for (of, phase, _), whole in self.units.items()
+                if (of, phase) == (cell, records.TUNING)
+            ]
+        )
+
+
+def differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
+    """What another configuration has, and this one: "seeds: 2 -> 3"."""
+    texts = []
+    for key in {**wanted, **found}:
+        before, after = found.get(key), wanted.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            texts += differences(before, after)
+        elif key == "cells" and isinstance(before, list) and isinstance(after, list):
+            if len(before) != len(after):
+                texts.append(f"cells: {len(before)} → {len(after)}")
+            for one, other in zip(before, after, strict=False):
+                texts += differences(one, other)
+        elif before != after:
+            texts.append(f"{key}: {shown(before)} → {shown(after)}")
+    return list(dict.fromkeys(texts))
+
+
+def shown(value: Any) -> str:
+    return "none" if value in (None, [], {}, "") else str(value)
 
 
 def run(
@@ -180,48 +211,54 @@ def run(
     out: Path,
     command: str = "",
     *,
+    source: Data | None = None,
     save_every: float = 60.0,
     tensorboard: bool = False,
-) -> None:
-    """Runs what is missing of a plan in a folder. The state is saved every so many seconds."""
-    scale = plan.scale
-    of_cell = scale.epochs * scale.seeds * (1 + bool(plan.grid))
-    of_cell += scale.tuning_epochs * scale.tuning_seeds * len(plan.grid)
-    of_cell *= plan.tasks
+) -> bool:
+    """Runs what is missing of a plan in a folder, and says whether anything was.
+
+    The state is saved every so many seconds. `source` are the images that networks are
+    trained on before they are transferred to those of the plan.
+    """
+    scale, trained = plan.scale, False
+    of_cell = scale.seeds * (1 + bool(plan.grid)) + scale.tuning_seeds * len(plan.grid)
+    of_cell *= scale.epochs * plan.tasks
     total = of_cell * len(plan.cells)
     with Folder(out, plan) as folder, tqdm(total=total, unit="seed-epoch") as progress:
-        told = {"command": command, **surroundings(), "plan": records.as_json(plan)}
-        folder.add({"kind": "run", **told})
+        line = {"command": command, **surroundings(), "plan": records.as_json(plan)}
+        folder.add({"kind": "run", **line})
         for index, cell in enumerate(plan.cells):
-            progress.set_description(f"{cell.panel}, {cell.variant}")
-            contender, left = Contender(plan, index, data), of_cell
-            for unit in units_of(plan, index, partial(folder.best_rate, index)):
+            progress.set_description(f"{cell.panel}, {cell.name}")
+            runner, left = Runner(plan, index, data, source), of_cell
+            for unit in units_of(plan, index, partial(folder.tuned, index)):
                 left -= unit.lanes * unit.epochs
-                done = len(folder.epochs_of(unit))
+                done = folder.next_epoch(unit)
                 progress.total -= unit.lanes * max(done - 1, 0)
                 if done <= unit.epochs:
+                    trained = True
                     show = events(out, unit, cell) if tensorboard else contextlib.nullcontext()
-                    lanes = Lanes(contender, unit)
-                    for line in go_on(folder, lanes, done, save_every, show):
-                        progress.update(unit.lanes * ("loss" in line))
-            progress.total -= left  # where the best learning rate is the common one
+                    lanes = Lanes(runner, unit)
+                    for epoch in resumed(folder, lanes, done, save_every, show):
+                        progress.update(unit.lanes * ("loss" in epoch))
+            progress.total -= left  # more rates than the grid, or fewer candidates
             progress.refresh()
+    return trained
 
 
-def go_on(
+def resumed(
     folder: Folder, lanes: Lanes, done: int, save_every: float, events: Any
 ) -> Iterator[dict[str, Any]]:
     """Trains a unit from the first epoch that is not in the file, line by line."""
     if done:
         lanes.state = folder.restored(lanes.state)
     else:
-        folder.add(lanes.told())
+        folder.add(lanes.line())
     with events as writer:
         for number in range(done, 1 + lanes.unit.epochs):
             line = lanes.train(number)
             folder.add(line)
             if writer:
-                show(writer, lanes.unit, line)
+                show(writer, lanes, line)
             if 0 < number < lanes.unit.epochs and folder.saved_ago() > save_every:
                 folder.save(lanes.state)
             yield line
@@ -231,16 +268,15 @@ def go_on(
 
 
 def events(out: Path, unit: Unit, cell: Cell) -> Any:
-    name = "-".join([str(unit.cell), cell.panel, cell.variant, unit.phase])
+    name = "-".join([str(unit.cell), cell.panel, cell.name, unit.phase])
     path = out / "tensorboard" / re.sub(r"[^\w.-]+", "_", name)
     return package("tensorboardX", "tensorboard").SummaryWriter(str(path))
 
 
-def show(writer: Any, unit: Unit, line: dict[str, Any]) -> None:
-    for row, rate in enumerate(unit.rates):
-        for task, seeds in enumerate(line["accuracy"][row], start=1):
-            tag = f"accuracy/rate_{rate:g}/task_{task}"
-            writer.add_scalar(tag, float(np.mean(seeds)), line["epoch"])
-        if "loss" in line and None not in line["loss"][row]:
-            loss = float(np.mean(line["loss"][row]))
-            writer.add_scalar(f"loss/rate_{rate:g}", loss, line["epoch"])
+def show(writer: Any, lanes: Lanes, line: dict[str, Any]) -> None:
+    for row, rate in enumerate(lanes.unit.rates):
+        for task, seeds in enumerate(line["correct"][row], start=1):
+            tag, images = f"accuracy/rate_{rate:g}/task_{task}", len(lanes.data.test_labels)
+            writer.add_scalar(tag, float(np.mean(seeds)) / images, line["epoch"])
+        if "loss" in line and line["loss"][row] is not None:
+            writer.add_scalar(f"loss/rate_{rate:g}", line["loss"][row], line["epoch"])

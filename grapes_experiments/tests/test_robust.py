@@ -17,10 +17,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from examples.paper import __main__ as paper
-from examples.paper import records
-from examples.paper.experiments import plan
-from examples.paper.run import Folder
+from grapes_experiments import __main__ as paper
+from grapes_experiments import records
+from grapes_experiments.experiments import plan
+from grapes_experiments.run import Folder
 
 
 def numbers_of(path):
@@ -194,7 +194,7 @@ def test_interruption_waits_for_the_end_of_a_save(tmp_path, monkeypatch):
 
 SMALL = ["run", "depth", "--preset=smoke", "--panels=depth 1", "--epochs=12", "--save-every=0"]
 forked = multiprocessing.get_context("forkserver")  # which imports once, and forks within moments
-forked.set_forkserver_preload(["examples.paper.__main__"])
+forked.set_forkserver_preload(["grapes_experiments.__main__"])
 
 
 def first_cell(*arguments, **options):
