@@ -65,9 +65,7 @@ class Choice(NamedTuple):
 EVERYTHING = Choice()
 
 
-def compared(
-    panel: str, variants: Sequence[Variant], rule: str = "BP", **setup: Any
-) -> list[Cell]:
+def compared(panel: str, variants: Sequence[Variant], rule: str = "BP", **setup: Any) -> list[Cell]:
     """Cells of the variants in one set-up; the learning rate is the optimizer's, if not given."""
     _, rate = OPTIMIZERS[setup.get("optimizer", AUTHORS.optimizer)]
     chosen = replace(AUTHORS, **{"rate": rate, **setup})
@@ -89,7 +87,11 @@ def accuracy(choice: Choice) -> list[Cell]:
 
 def length(choice: Choice) -> list[Cell]:
     del choice
-    return compared("BP, sgd", EVERY)
+    local, propagated = (
+        with_controls(form, "mean", "roll", "reverse") for form in (LOCAL, PROPAGATED)
+    )
+    norm = LOCAL.against("norm")
+    return compared("BP, sgd", [PLAIN, *propagated, *local, norm, RATE])
 
 
 def factors(choice: Choice) -> list[Cell]:
@@ -114,8 +116,8 @@ def width(choice: Choice) -> list[Cell]:
 def rates(choice: Choice) -> list[Cell]:
     return [
         cell
-        for rate in choice.few((0.001, 0.003, 0.01, 0.03), 2)
-        for cell in compared(f"rate {rate:g}", EVERY, rate=rate)
+        for rate in choice.few((0.003, 0.01, 0.03), 2)
+        for cell in compared(f"rate {rate:g}", FORMS, rate=rate)
     ]
 
 
@@ -126,14 +128,14 @@ def forgetting(choice: Choice) -> list[Cell]:
 
 def recurrent(choice: Choice) -> list[Cell]:
     """In a single recurrent layer the local form is the same as the propagated one."""
-    setup = {"width": 64, "depth": 1, "batch": 32, "optimizer": "momentum", "rate": 0.03}
+    setup = {"width": 64, "depth": 1, "optimizer": "momentum", "rate": 0.03}
     cells = choice.few(tuple(CELLS))
     return [c for n in cells for c in compared(n, BACKWARD, network=n, **setup)]
 
 
 def spiking(choice: Choice) -> list[Cell]:
     """With SGD, for Adam would cancel the propagated factor of a single layer of neurons."""
-    setup = {"width": 128, "depth": 1, "batch": 32, "optimizer": "momentum", "rate": 0.1}
+    setup = {"width": 128, "depth": 1, "optimizer": "momentum", "rate": 0.1}
     cells = []
     for name in choice.few(tuple(SPIKING)):
         through = [replace(PROPAGATED, through_time=True)] if "recurrent" in name else []
@@ -143,7 +145,7 @@ def spiking(choice: Choice) -> list[Cell]:
 
 def convolutional(choice: Choice) -> list[Cell]:
     del choice
-    setup = {"width": 16, "depth": 3, "optimizer": "momentum", "rate": 0.03}
+    setup = {"width": 8, "depth": 3, "optimizer": "momentum", "rate": 0.03}
     return compared("convolutional", FORMS, network="convolutional", **setup)
 
 
@@ -158,15 +160,15 @@ def distribution(choice: Choice) -> list[Cell]:
 
 
 def spread(choice: Choice) -> list[Cell]:
-    """Initial weights whose sums differ much more from node to node than He's."""
-    inits = choice.few(tuple(INITS)[::-1], 2)
+    """Initial weights whose sums differ much more from node to node than He's, the first."""
+    inits = choice.few(tuple(INITS)[:0:-1], 2)
     return [cell for init in inits for cell in compared(init, EVERY, init=init)]
 
 
 def finetuning(choice: Choice) -> list[Cell]:
     """Networks whose nodes differ because of what was done to them."""
     changes = choice.few(tuple(CHANGES))
-    return [c for name in changes for c in compared(name, EVERY, before=name, rate=0.03)]
+    return [c for name in changes for c in compared(name, FORMS, before=name, rate=0.03)]
 
 
 class Scale(NamedTuple):
@@ -202,9 +204,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     "factors": Experiment(
         "Does it matter how the factor is made, and where it acts?", factors, *DENSE
     ),
-    "depth": Experiment(
-        "Does GRAPES help more in deeper networks?", depth, *DENSE, WIDE_GRID
-    ),
+    "depth": Experiment("Does GRAPES help more in deeper networks?", depth, *DENSE, WIDE_GRID),
     "width": Experiment("Does GRAPES help more in wider networks?", width, *DENSE),
     "rates": Experiment("Does GRAPES help at small learning rates?", rates, *DENSE, ()),
     "forgetting": Experiment(
@@ -216,13 +216,13 @@ EXPERIMENTS: dict[str, Experiment] = {
         tasks=5,
     ),
     "recurrent": Experiment(
-        "Does GRAPES help in recurrent networks?", recurrent, Scale(10, 20), Scale(10, 5)
+        "Does GRAPES help in recurrent networks?", recurrent, Scale(10, 20), Scale(10, 2)
     ),
     "spiking": Experiment(
-        "Does GRAPES help in spiking networks?", spiking, Scale(10, 10), Scale(10, 3)
+        "Does GRAPES help in spiking networks?", spiking, Scale(10, 10), Scale(10, 2)
     ),
     "convolutional": Experiment(
-        "Does GRAPES help in convolutional networks?", convolutional, Scale(10, 20), Scale(10, 5)
+        "Does GRAPES help in convolutional networks?", convolutional, Scale(10, 20), Scale(10, 3)
     ),
     "memory": Experiment(
         "How much memory does GRAPES need?", memory, Scale(1, 0, 0), Scale(1, 0, 0), ()
@@ -255,7 +255,9 @@ def scale_of(experiment: Experiment, preset: str, dataset: str) -> Scale:
     if not standard.epochs or preset == "standard":
         return standard
     short = {"smoke": {"seeds": 2, "epochs": 2, "tuning_seeds": 2}, "full": {"epochs": 200}}
-    return standard._replace(**short[preset], before=min(standard.before, 2 + (preset == "full") * 98))
+    return standard._replace(
+        **short[preset], before=min(standard.before, 2 + (preset == "full") * 98)
+    )
 
 
 class Plan(NamedTuple):
@@ -302,4 +304,6 @@ def plan(
     cells = [replace(c, setup=replace(c.setup, **setup)) for c in cells]
     if not grid:
         scale = scale._replace(tuning_seeds=0)
-    return Plan(name, dataset, preset, scale, experiment.tasks, grid, experiment.observe, cells, first_seed)
+    return Plan(
+        name, dataset, preset, scale, experiment.tasks, grid, experiment.observe, cells, first_seed
+    )

@@ -165,7 +165,10 @@ def record(cell: Cell, unit: dict[str, Any], epochs: list[dict[str, Any]], class
         np.where(finite[:, :, None], accuracy, 1 / classes),
         ~finite[-1] | (collapsed if trained else False),
         column(lambda epoch: epoch["loss"]),
-        {name: column(lambda epoch, n=name: epoch["steps"][n]) for name in trained.get("steps", ())},
+        {
+            name: column(lambda epoch, n=name: epoch["steps"][n])
+            for name in trained.get("steps", ())
+        },
         np.array([epoch.get("seconds") for epoch in epochs], float),
         unit["parameter_bytes"],
         unit["state_bytes"],

@@ -125,7 +125,9 @@ class Runner:
         on the images that the run goes on with, on those of another set, or on permuted ones.
         """
         setup, epochs = self.cell.setup, self.plan.scale.before
-        params = initial_params(self.model, keys[0], self.prepare(keys[0, 0], data.train_images[:1]))
+        params = initial_params(
+            self.model, keys[0], self.prepare(keys[0, 0], data.train_images[:1])
+        )
         if not setup.before:
             return params
         change, stays = CHANGES[setup.before]

@@ -196,8 +196,6 @@ def method(
     elif form == "before":
         optimizer = optax.chain(grapes_optax.scale_by_grapes(HIDDEN, **options), optimizer)
     elif form == "outgoing":
-        outgoing = grapes_optax.scale_by_outgoing_importance(
-            layers, **{"bounds": None, **options}
-        )
+        outgoing = grapes_optax.scale_by_outgoing_importance(layers, **{"bounds": None, **options})
         optimizer = optax.chain(outgoing, optimizer)
     return Method(optimizer, transform, align is not None)
