@@ -50,7 +50,7 @@ $(VENV)/examples: $(VENV)/pip pyproject.toml
 	touch $@
 
 $(VENV)/test: $(VENV)/examples
-	$(RUN)python -m pip install --quiet --editable '.[equinox,haiku,data,tensorboard]' --group test
+	$(RUN)python -m pip install --quiet --editable '.[equinox,haiku,data]' --group test --group experiments
 	touch $@
 
 $(VENV)/lint: $(VENV)/test

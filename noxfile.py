@@ -21,7 +21,7 @@ os.environ["PATH"] = os.pathsep.join(paths)
 
 def run_tests(session: nox.Session, *options: str) -> None:
     """Install the packages with `options` of uv, and run pytest."""
-    packages = "--editable=.[equinox,haiku,examples,data,tensorboard]", "--group=test"
+    packages = "--editable=.[equinox,haiku,examples,data]", "--group=test", "--group=experiments"
     session.install(*options, *packages)
     session.run("pytest", "-n", "2", *session.posargs)
 

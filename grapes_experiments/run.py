@@ -25,7 +25,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from tqdm import tqdm
 
-from examples.data import SETS, Data, package
+from examples.data import SETS, Data
 from grapes_experiments import records
 from grapes_experiments.cells import Cell
 from grapes_experiments.experiments import Plan
@@ -177,8 +177,8 @@ class Folder:
         plan, classes = self.plan, SETS[self.plan.dataset].classes
         return records.joined(
             [
-                records.record(plan.cells[cell], *whole, classes)
-                for (of, phase, _), whole in self.units.items()
+                records.record(plan.cells[cell], unit, epochs, classes)
+                for (of, phase, _), (unit, epochs) in self.units.items()
                 if (of, phase) == (cell, records.TUNING)
             ]
         )
@@ -270,7 +270,13 @@ def resumed(
 def events(out: Path, unit: Unit, cell: Cell) -> Any:
     name = "-".join([str(unit.cell), cell.panel, cell.name, unit.phase])
     path = out / "tensorboard" / re.sub(r"[^\w.-]+", "_", name)
-    return package("tensorboardX", "tensorboard").SummaryWriter(str(path))
+    try:
+        import tensorboardX
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "tensorboardX is missing: pip install --group experiments"
+        ) from error
+    return tensorboardX.SummaryWriter(str(path))
 
 
 def show(writer: Any, lanes: Lanes, line: dict[str, Any]) -> None:

@@ -125,9 +125,8 @@ class Runner:
         on the images that the run goes on with, on those of another set, or on permuted ones.
         """
         setup, epochs = self.cell.setup, self.plan.scale.before
-        params = initial_params(
-            self.model, keys[0], self.prepare(keys[0, 0], data.train_images[:1])
-        )
+        example = self.prepare(keys[0, 0], data.train_images[:1])
+        params = initial_params(self.model, keys[0], example)
         if not setup.before:
             return params
         change, stays = CHANGES[setup.before]
@@ -135,7 +134,7 @@ class Runner:
             other = permuted(data.train_images, 1)
             data = self.source or data._replace(train_images=other)
         plain = method(optax.sgd(AUTHORS.rate), PLAIN)
-        state = start(self.model, plain, keys[:2], data.train_images[:1], params)
+        state = start(self.model, plain, keys[:2], example, params)
         epoch = epoch_of(self.model, plain, batch=setup.batch, prepare=self.prepare)
         for key in keys[2 : 2 + epochs]:
             state, *_ = epoch(state, key, data)

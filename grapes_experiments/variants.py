@@ -1,4 +1,4 @@
-"""GRAPES and its controls as data: what competes, by the form and by what stands in for the factor."""
+"""GRAPES and its controls as data: where a factor acts, and what stands in for it."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -137,7 +137,7 @@ def scale_by_permuted(**options: Any) -> optax.GradientTransformation:
         found = grapes_optax.factors(params, HIDDEN, **options)
         return jax.tree.map(lambda f: jax.random.permutation(key, f.shape[-1]), found)
 
-    def update(updates, state, params=None):
+    def update(updates, state, params: Any = None):
         found = grapes_optax.factors(params, HIDDEN, **options)
         return scaled(updates, jax.tree.map(lambda f, order: f[..., order], found, state)), state
 
