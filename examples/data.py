@@ -80,8 +80,8 @@ def load(name: str = "digits", folder: str | Path | None = None, download: bool 
         raise FileNotFoundError(
             f"{name} is missing: put its {needed} into {Path(folder or 'FOLDER') / name} and give "
             f"the folder, --data={folder or 'FOLDER'}, or fetch {source.hub} from the Hugging Face "
-            "hub by load(..., download=True), which is --download of grapes_experiments. Either way "
-            "needs: pip install '.[data]'"
+            "hub by load(..., download=True), which is --download of grapes_experiments; both "
+            "need: pip install '.[data]'"
         )
     train, test = (gather(source, tables) for tables in splits)
     return Data(*train, *test)

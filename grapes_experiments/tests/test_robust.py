@@ -29,8 +29,9 @@ def numbers_of(path):
 
 def add_to(folder):
     folder.add({"kind": "run", "plan": records.as_json(folder.plan)})
-    folder.add({"kind": "unit", "cell": 0, "phase": "same rate", "epochs": 1})
-    folder.add({"kind": "epoch", "epoch": 0})
+    unit = {"cell": 0, "phase": "report", "rates": [0.1], "seeds": [0], "epochs": 1, "images": 9}
+    folder.add({"kind": "unit", **unit})
+    folder.add({"kind": "epoch", "epoch": 0, "correct": [[[1]]]})
 
 
 def test_second_run_in_a_folder_is_refused_and_the_first_keeps_its_lines(tmp_path, capsys):
@@ -318,7 +319,7 @@ def test_full_and_read_only_disk(undisturbed, tmp_path):
     mount = f"mount -t tmpfs -o size=1m tmpfs {tmp_path}"
     if subprocess.run([*alone, mount], capture_output=True).returncode:
         pytest.skip("no file system may be mounted here")
-    code = f"import test_paper_robust as test; test.on_a_disk({str(tmp_path)!r})"
+    code = f"import test_robust as test; test.on_a_disk({str(tmp_path)!r})"
     command = [*alone, f'{mount} && exec "$@"', "sh", sys.executable, "-c", code]
     path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     environment = os.environ | {"PYTHONPATH": path}
