@@ -26,7 +26,7 @@ from grapes_optax._mesh import (
 )
 
 Normalization = Literal["max", "mean"]
-Control = Literal["mean", "roll"]
+Control = Literal["mean", "roll", "reverse", "norm"]
 
 
 class DimensionNumbers(NamedTuple):
@@ -224,17 +224,19 @@ def fan_in_axes(kernel: jax.Array, numbers: HasAxes | None) -> Axes:
     return axes
 
 
-@functools.partial(jax.jit, static_argnames=("axes",), inline=True)
-def incoming_sum(kernel: jax.Array, axes: Axes) -> jax.Array:
+@functools.partial(jax.jit, static_argnames=("axes", "power"), inline=True)
+def incoming_sum(kernel: jax.Array, axes: Axes, power: int = 1) -> jax.Array:
     """Sum of the absolute incoming weights, at least in float32, stack axes first.
 
-    Of the whole kernel, also where this device holds a part of it.
+    Of the whole kernel, also where this device holds a part of it; or of a power of them.
     """
     if not jnp.issubdtype(kernel.dtype, jnp.inexact):
         kernel = kernel.astype(jnp.float32)  # the magnitude of an int8 of -128 is no int8
     magnitude = jnp.abs(kernel)
     # A bfloat16 sum over a usual fan-in is off by about 1 %.
     dtype = magnitude.dtype if magnitude.dtype == jnp.float64 else jnp.float32
+    if power > 1:
+        magnitude = magnitude.astype(dtype) ** power
     total = jnp.sum(magnitude, axis=axes.reduction, dtype=dtype)
     order = sorted(axes.kept)
     total = jnp.transpose(total, [order.index(axis) for axis in axes.kept])
@@ -285,6 +287,14 @@ def _neighbour(factor: jax.Array, nodes: tuple[int, ...]) -> jax.Array:
     return factor.at[index].get(out_sharding=jax.typeof(factor).sharding)
 
 
+def _reversed(factor: jax.Array, nodes: tuple[int, ...]) -> jax.Array:
+    """The factor of the strongest node for the weakest, and so on; equal ones in their order."""
+    flat = whole(factor).reshape(*factor.shape[: nodes[0]], -1)
+    rank = jnp.argsort(jnp.argsort(flat, axis=-1), axis=-1)
+    others = jnp.flip(jnp.sort(flat, axis=-1), axis=-1)
+    return jnp.take_along_axis(others, rank, axis=-1).reshape(factor.shape)
+
+
 # Of importances relative to the strongest node, since the mean of large floats overflows.
 NORMALIZERS: dict[str, Callable[..., jax.Array]] = {
     "max": lambda relative, nodes: relative,
@@ -294,7 +304,10 @@ CONTROLS: dict[str | None, Callable[..., jax.Array]] = {
     None: lambda factor, nodes: factor,
     "mean": _mean_of_layer,
     "roll": _neighbour,
+    "reverse": _reversed,
+    "norm": lambda factor, nodes: factor,  # which the updates are needed for, see `equal_steps`
 }
+OF_UPDATES = ("norm",)
 
 
 class Options(NamedTuple):
@@ -305,13 +318,20 @@ class Options(NamedTuple):
     normalization: str = "max"
     control: str | None = None
 
-    def checked(self) -> "Options":
+    def checked(self, *, updates: bool = False) -> "Options":
+        """What is out of range, or needs updates where there are none, is refused."""
         for name, value, table in (
             ("normalization", self.normalization, NORMALIZERS),
             ("control", self.control, CONTROLS),
         ):
             if value not in list(table):
                 raise ValueError(f"Unknown {name} {value!r}: choose one of {list(table)}.")
+        if self.control in OF_UPDATES and not updates:
+            raise ValueError(
+                f"control={self.control!r} makes the update of a layer as long as that of GRAPES,"
+                " and here is no update: use it in scale_by_grapes, grapes_sgd or grapes_rmsprop, or"
+                ' choose another control, "mean" for instance.'
+            )
         _check_gain(self.gain)
         return self._replace(bounds=_checked_bounds(self.bounds))
 
@@ -410,6 +430,40 @@ def layer_factor(kernels: Sequence[jax.Array], axes: Sequence[Axes], options: Op
     return factor_of(importance, len(axes[0].output), gates, *options)
 
 
+def equal_steps(
+    layer: Sequence[tuple[jax.Array, Axes, jax.Array]],
+) -> list[jax.Array]:
+    """One factor for all nodes of a layer, of its updates, their axes and the factors of GRAPES.
+
+    The layer's update becomes as long as that of GRAPES, and stays zero where it is; each slice of
+    a stack has a factor of its own.
+    """
+    sums = [whole(incoming_sum(update, axes=axes)) for update, axes, _ in layer]
+    nodes = [
+        tuple(range(len(axes.stack), s.ndim)) for s, (_, axes, _) in zip(sums, layer, strict=True)
+    ]
+    bounds = [jnp.max(s, axis=n, initial=0.0) for s, n in zip(sums, nodes, strict=True)]
+    bound = functools.reduce(jnp.maximum, bounds)
+    usual = (bound >= jnp.finfo(bound.dtype).tiny) & (bound < jnp.inf)
+
+    def of_nodes(x: jax.Array, like: jax.Array) -> jax.Array:
+        return jnp.broadcast_to(x.reshape(*x.shape, *[1] * (like.ndim - x.ndim)), like.shape)
+
+    plain = grapes = jnp.zeros_like(bound)
+    for (update, axes, factor), n in zip(layer, nodes, strict=True):
+        # Relative to an upper bound of the entries, whose squares neither over- nor underflow.
+        dtype = max(update.dtype, bound.dtype, key=lambda dtype: dtype.itemsize)
+        relative = scale_nodes(
+            update.astype(dtype), of_nodes(1 / jnp.where(usual, bound, 1), factor), axes=axes
+        )
+        squares = whole(incoming_sum(relative, axes=axes, power=2))
+        plain += squares.sum(n)
+        grapes += (whole(factor).astype(squares.dtype) ** 2 * squares).sum(n)
+    mean = whole(layer[0][2]).mean(nodes[0]).astype(bound.dtype)
+    ratio = jnp.where(usual, jnp.sqrt(grapes / jnp.where(usual, plain, 1)), mean)
+    return [of_nodes(ratio, factor).astype(factor.dtype) for *_, factor in layer]
+
+
 def node_importance(
     kernel: jax.typing.ArrayLike, weight_dimension_numbers: HasAxes | None = None
 ) -> jax.Array:
@@ -477,8 +531,9 @@ def importance_factor(
         normalization="mean"`` gives factors that average 1, so that the layer's
         learning rate stays as it is.
       control: ``"mean"`` gives every node its layer's mean factor, ``"roll"`` its
-        neighbour's (same distribution, wrong nodes): the controls that tell
-        whether the distribution of the factors matters.
+        neighbour's (same distribution, wrong nodes), ``"reverse"`` the strongest node that
+        of the weakest and so on: the controls that tell whether it matters which node
+        gets which factor.
 
     Returns:
       An array of shape (stack axes..., node axes...), without unit; 1 in a layer

@@ -14,6 +14,7 @@ from grapes_optax._importance import (
     Normalization,
     Options,
     WeightDimNumOrFn,
+    equal_steps,
     layer_factor,
     scale,
     scale_nodes,
@@ -77,8 +78,10 @@ def scale_by_grapes(
       normalization: ``"max"`` divides by the strongest node of the layer, ``"mean"``
         by the average one. ``gain=1.0, bounds=None, normalization="mean"`` gives
         factors that average 1: GRAPES without its effect on the learning rate.
-      control: ``"mean"`` gives every node its layer's mean factor, ``"roll"`` its
-        neighbour's: what these two do as well is not due to node importance.
+      control: ``"mean"`` gives every node its layer's mean factor, ``"norm"`` the one that
+        makes the layer's update as long as that of GRAPES, ``"roll"`` its neighbour's factor,
+        ``"reverse"`` the strongest node that of the weakest and so on: what these do as well
+        is not due to node importance.
 
     Returns:
       An :class:`optax.GradientTransformationExtraArgs` with an empty state. Updates
@@ -112,7 +115,7 @@ def scale_by_grapes(
       optimization of deep neural networks
       <https://doi.org/10.1038/s41467-022-29491-2>`_, 2022
     """
-    options = Options(gain, bounds, normalization, control).checked()
+    options = Options(gain, bounds, normalization, control).checked(updates=True)
 
     def init_fn(params):
         resolve_layers(params, weight_dimension_numbers)  # what is wrong is said here
@@ -125,11 +128,16 @@ def scale_by_grapes(
                 "scale_by_grapes reads the parameters: call update(updates, state, params)."
             )
         _check_fit(updates, params)
-        factors = {
-            member.path: (factor, member.axes)
-            for layer in resolve_layers(params, weight_dimension_numbers, quiet=True).layers
-            for member, factor in layer.factors(options)
-        }
+        arrays = {leaf.path: leaf.array for leaf in tree_leaves(updates)}
+        factors = {}
+        for layer in resolve_layers(params, weight_dimension_numbers, quiet=True).layers:
+            members = [(m, factor) for m, factor in layer.factors(options) if m.path in arrays]
+            found = [factor for _, factor in members]
+            if control == "norm" and members:
+                of_layer = [(jnp.asarray(arrays[m.path]), m.axes, factor) for m, factor in members]
+                found = equal_steps(of_layer)
+            for (member, _), factor in zip(members, found, strict=True):
+                factors[member.path] = factor, member.axes
 
         def modulate(keys, update):
             path = path_names(keys)
@@ -146,6 +154,7 @@ def scale_by_outgoing_importance(
     gain: jax.typing.ArrayLike = 2.0,
     bounds: tuple[float, float] | None = None,
     normalization: Normalization = "max",
+    control: Control | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Multiplies updates by the *outgoing* importance of node and input.
 
@@ -163,6 +172,7 @@ def scale_by_outgoing_importance(
       gain: g.
       bounds: ``(low, high)``, or ``None`` (the authors' choice) not to clip.
       normalization: as in :func:`scale_by_grapes`.
+      control: as in :func:`importance_factor`, of the factors of each layer.
 
     Returns:
       An :class:`optax.GradientTransformationExtraArgs` with an empty state; biases and
@@ -190,7 +200,7 @@ def scale_by_outgoing_importance(
       optimization of deep neural networks
       <https://doi.org/10.1038/s41467-022-29491-2>`_, 2022
     """
-    options = Options(gain, bounds, normalization).checked()
+    options = Options(gain, bounds, normalization, control).checked()
     if not isinstance(layers, Sequence) or not all(isinstance(path, str) for path in layers):
         raise TypeError(f"layers must be a sequence of paths, got {layers!r}.")
     if isinstance(layers, str) or len(layers) < 2:

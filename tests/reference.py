@@ -31,6 +31,11 @@ def factor(importance, node_ndim, gain=2.0, bounds=(1.0, 2.0), normalization="ma
             factors = [sum(factors) / len(factors)] * len(factors)
         if control == "roll":
             factors = [factors[-1], *factors[:-1]]
+        if control == "reverse":
+            weakest_first = sorted(range(len(factors)), key=factors.__getitem__)
+            others = sorted(factors, reverse=True)
+            for node, other in zip(weakest_first, others, strict=True):
+                factors[node] = other
         result[layer] = np.reshape(factors, importance.shape[split:])
     return result
 

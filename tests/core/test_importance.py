@@ -35,6 +35,7 @@ OPTIONS = {
     "mean": {"gain": 1.0, "bounds": None, "normalization": "mean"},
     "control mean": {"control": "mean"},
     "control roll": {"control": "roll"},
+    "control reverse": {"control": "reverse"},
 }
 
 
@@ -190,7 +191,7 @@ def test_mean_normalization_averages_one(kernel):
 @hypothesis.given(KERNELS, st.integers(-20, 20), st.sampled_from(["max", "mean"]))
 def test_scale_of_the_layer_does_not_matter(kernel, exponent, normalization):
     scaled = np.ldexp(kernel, exponent)
-    for control in None, "mean", "roll":
+    for control in None, "mean", "roll", "reverse":
         options = {"normalization": normalization, "control": control}
         chex.assert_trees_all_equal(
             importance_factor(scaled, **options), importance_factor(kernel, **options)

@@ -46,7 +46,9 @@ CASES = {
 
 
 @pytest.mark.parametrize(("z", "kernel", "axes", "shape"), CASES.values(), ids=CASES.keys())
-@pytest.mark.parametrize("options", [{}, {"bounds": None}, {"control": "roll"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"bounds": None}, {"control": "roll"}, {"control": "reverse"}]
+)
 def test_cotangent_is_multiplied(z, kernel, axes, shape, options):
     kernel = normal(*kernel)
     actual = cotangent(

@@ -122,6 +122,7 @@ CONSTRUCTORS = [
     ),
     ("mean", modulated(scale_by_grapes), {"control": "mean"}),
     ("roll", modulated(scale_by_grapes), {"control": "roll"}),
+    ("norm", modulated(scale_by_grapes), {"control": "norm"}),
     ("mean_one", modulated(scale_by_grapes), MEAN_ONE),
     ("modulated_sgd", modulated(grapes_sgd), {"learning_rate": 0.1, "momentum": 0.9}),
     ("modulated_rmsprop", modulated(grapes_rmsprop), {"learning_rate": 0.1, "modulate": "updates"}),
@@ -143,7 +144,7 @@ SHARDED = {
     ),
     **{
         f"{axis}_{control}": scale_by_grapes(SPLIT[axis], control=control)
-        for axis, control in itertools.product(SPLIT, (None, "mean", "roll"))
+        for axis, control in itertools.product(SPLIT, (None, "mean", "roll", "reverse", "norm"))
     },
     **{f"{axis}_mean_one": scale_by_grapes(SPLIT[axis], **MEAN_ONE) for axis in SPLIT},
 }

@@ -53,7 +53,7 @@ OPTIONS = [
     for (gain, bounds), normalization, control in itertools.product(
         [(2.0, (1.0, 2.0)), (1.0, None), (0.0, (0.0, 0.5)), (7.0, (0.25, np.inf))],
         ["max", "mean"],
-        [None, "mean", "roll"],
+        [None, "mean", "roll", "reverse"],
     )
 ]
 

@@ -97,6 +97,8 @@ OPTIONS = {
     "mean of the layer": {"normalization": "mean", "bounds": None},
     "control mean": {"control": "mean"},
     "control roll": {"control": "roll"},
+    "control reverse": {"control": "reverse"},
+    "control norm": {"control": "norm"},
 }
 all_layouts = pytest.mark.parametrize("layout", LAYOUTS)
 all_options = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)

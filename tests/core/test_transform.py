@@ -72,6 +72,7 @@ def assert_close(actual, desired, rtol=2e-6):
         {"gain": 1.0, "bounds": None, "normalization": "mean"},
         {"control": "mean"},
         {"control": "roll", "bounds": (0.5, 1.5)},
+        {"control": "reverse"},
     ],
 )
 def test_agrees_with_the_reference(options):
@@ -477,8 +478,10 @@ def test_updates_keep_their_explicit_sharding():
             return jax.device_put(jnp.asarray(RNG.normal(size=shape), jnp.float32), sharding)
 
         params = {"kernel": put((4, 16), None, "x"), "bias": put(16, None)}
-        for control in None, "mean", "roll":
+        for control in None, "mean", "roll", "reverse", "norm":
             updates = run(scale_by_grapes(control=control), params, params)
             assert jax.tree.map(jax.typeof, updates) == jax.tree.map(jax.typeof, params)
+            if control == "norm":
+                continue
             expected = reference.scale(params["kernel"], params["kernel"], 0, 1, control=control)
             np.testing.assert_allclose(updates["kernel"], expected, rtol=2e-6)
