@@ -23,8 +23,7 @@ from grapes_experiments import records
 from grapes_experiments.cells import INITS, NETWORKS, OPTIMIZERS
 from grapes_experiments.changes import CHANGES
 from grapes_experiments.experiments import EXPERIMENTS, PRESETS, SAME_RUN, Choice, Plan, plan
-
-# REPORT
+from grapes_experiments.report import report
 from grapes_experiments.run import run
 from grapes_experiments.variants import RULES
 
@@ -211,8 +210,6 @@ def main(arguments: list[str]) -> None:
                 shorten(chosen.run, chosen.out)
         elif chosen.command == "report":
             with writing_to(chosen.out):
-                from grapes_experiments.report import report
-
                 report(chosen.out)
         else:
             train(chosen, recorded(arguments, chosen))

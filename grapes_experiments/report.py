@@ -1,64 +1,56 @@
-"""Reports a run, or all runs of a folder: tables, verdicts and pictures, all from the files alone.
+"""Reports a run, or all runs of a folder: tables, outcomes and pictures, all from the files alone.
 
 No conclusion is written by hand: what a sentence says is computed.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from tabulate import tabulate
 
 from grapes_experiments import figures, records
-from grapes_experiments.cells import AUTHORS, Setup
+from grapes_experiments.cells import AUTHORS, Cell, Setup
 from grapes_experiments.experiments import EXPERIMENTS
-from grapes_experiments.records import BEST, SAME, TUNING, Record, Results
+from grapes_experiments.records import Record, Results, choice
 from grapes_experiments.statistics import (
-    BETTER,
-    CLAIM,
-    COVERAGE,
+    BEST,
+    COMMON,
     DIVERGED,
-    FEW,
     FEWEST,
-    FORGETTING,
-    KINDS,
-    LEVEL,
+    FINAL,
+    MARGIN,
+    MARGINS,
     NO,
-    NONE,
-    OPEN,
-    RATES,
-    RESAMPLES,
+    OUTCOMES,
     SLOWNESS,
-    WORDS,
-    WORSE,
+    UNKNOWN,
     YES,
     Claim,
     Comparison,
+    Estimate,
     Metric,
-    at,
+    Primary,
+    chosen,
     claims,
     comparisons,
     counts,
-    final,
-    highest,
-    is_grapes,
     metrics_of,
-    missing,
-    own_rates,
     panels,
+    phases_of,
+    primary,
+    random_effects,
 )
+from grapes_experiments.variants import CONTROLS, LOCAL, PROPAGATED
 
 # Pieces of Markdown.
 
 
 def table(rows: Iterable[Sequence[object]], headers: Sequence[str]) -> str:
-    return tabulate(
-        [[str(cell) for cell in row] for row in rows],
-        headers,
-        tablefmt="github",
-        disable_numparse=True,
-    )
+    cells = [[str(cell) for cell in row] for row in rows]
+    return tabulate(cells, headers, tablefmt="github", disable_numparse=True)
 
 
 def several(number: int, noun: str) -> str:
@@ -69,26 +61,27 @@ def listed(values: Iterable[object]) -> str:
     return ", ".join(dict.fromkeys(f"{v:.3g}" if isinstance(v, float) else str(v) for v in values))
 
 
-def spread(values: np.ndarray, digits: int = 2) -> str:
-    """Mean and sample standard deviation over the seeds."""
-    deviation = f" ± {values.std(ddof=1):.{digits}f}" if len(values) > 1 else ""
-    return f"{values.mean():.{digits}f}{deviation}"
-
-
-def measured(record: Record | None, of: Callable[[Record], np.ndarray], scale=100.0, digits=2):
-    if record is None:
-        return "not yet"
-    if record.diverged.any():
-        return f"diverged ({record.diverged.sum()} of {record.diverged.size})"
-    return spread(scale * of(record), digits)
-
-
 def signed(value: float, digits: int) -> str:
     return f"{round(value, digits) + 0.0:+.{digits}f}"
 
 
-# The head of a report.
+def with_interval(estimate: Estimate, digits: int) -> str:
+    low, high = (signed(x, digits) for x in estimate.interval())
+    return f"{signed(estimate.mean, digits)} [{low}, {high}]"
 
+
+def summed_up(results: Results, cell: Cell, phase: str, metric: Metric) -> str:
+    """Mean and standard deviation over the seeds; how many diverged."""
+    trained = chosen(results, cell, phase)
+    if trained is None:
+        return "not yet"
+    values, lost = trained.values(metric), int(trained.record.diverged.sum())
+    text = f"{values.mean():.{metric.digits}f}"
+    text += f" ± {values.std(ddof=1):.{metric.digits}f}" * (len(values) > 1)
+    return text + f" ({lost}/{len(values)} diverged)" * bool(lost)
+
+
+# The head of a report.
 
 SETUP = {
     "network": "{} network",
@@ -100,6 +93,7 @@ SETUP = {
     "optimizer": "optimizer {}",
     "rate": "common learning rate {}",
     "batch": "batch {}",
+    "before": "before the run {}",
 }
 OF_DENSE = "bias", "keep", "init"  # other networks have their own
 
@@ -109,58 +103,54 @@ def network(setups: Sequence[Setup]) -> str:
     dense = all(setup.network == "dense" for setup in setups)
     values = {field: listed(vars(setup)[field] for setup in setups) for field in SETUP}
     values["bias"] = values["bias"].replace("False", "no").replace("True", "yes")
-    texts = [t.format(values[f]) for f, t in SETUP.items() if dense or f not in OF_DENSE]
+    fields = [f for f in SETUP if values[f] and (dense or f not in OF_DENSE)]
+    texts = [SETUP[f].format(values[f]) for f in fields]
     return "the authors' set-up: " * (set(setups) == {AUTHORS}) + "; ".join(texts)
 
 
 def at_the_edge(results: Results) -> list[str]:
-    """Contenders that might do better still outside the grid."""
-    tuned = {r.cell: r.rates for r in results.records if r.phase == TUNING}
-    return [
-        f"{cell.panel}: {cell.variant} ({rate:.3g})"
-        for cell, rate in own_rates(results).items()
-        if rate in (min(tuned[cell]), max(tuned[cell]))
-    ]
+    found = {cell: choice(record) for cell, record in results.tuning.items()}
+    return [f"{c.panel}: {c.name} ({f.rate:.3g})" for c, f in found.items() if not f.inside]
 
 
 def tuning(results: Results) -> str:
     plan, scale = results.plan, results.plan.scale
     if not plan.grid:
         return "not tuned: all are compared at the common rate alone"
-    seeds = several(scale.tuning_seeds, "seed")
-    epochs = several(scale.tuning_epochs, "epoch") + " of every task" * (plan.tasks > 1)
     edge = at_the_edge(results)
-    tuned = len(own_rates(results))
     return (
-        f"the common rate times {listed(plan.grid)}; the best of them for each contender is the one"
-        " with the highest accuracy at the end on a sixth of the training set, held out"
-        f" ({seeds}, {epochs}; a rate at which a seed diverged is out). The best rate lies on the"
-        f" edge of the grid for {len(edge)} of {several(tuned, 'contender')}"
-        + (f": {'; '.join(edge)}" if edge else "")
+        f"the common rate times {listed(plan.grid)}, and two more at a time where the best lies on"
+        " the edge. The best is the one with the highest accuracy at the end, on a sixth of the"
+        f" training set that is held out, over {several(scale.tuning_seeds, 'seed')} that the"
+        " report does not use, after as many epochs. It lies on the edge for"
+        f" {len(edge)} of {len(results.tuning)}" + f": {'; '.join(edge)}" * bool(edge)
     )
 
 
 def head(results: Results) -> str:
-    plan, run = results.plan, results.runs[-1]
-    scale = plan.scale
+    plan, runs = results.plan, results.runs
+    scale, first = plan.scale, plan.first_seed
     tasks = f" of each of {plan.tasks} tasks" * (plan.tasks > 1)
-    resumed = f"; resumed {several(len(results.runs) - 1, 'time')}" * (len(results.runs) > 1)
+    resumed = f"; resumed {several(len(runs) - 1, 'time')}" * (len(runs) > 1)
+    before = f"; {several(scale.before, 'epoch')} of plain training before" * bool(scale.before)
+    versions = {
+        name: listed(run["versions"][name] for run in runs) for name in runs[-1]["versions"]
+    }
     lines = {
-        "Command": f"`{run['command']}`{resumed}",
+        "Command": f"`{runs[-1]['command']}`{resumed}",
         "Data set": plan.dataset,
         "Set-up": network([cell.setup for cell in plan.cells]),
-        "Seeds and epochs": ", ".join(
-            [several(scale.seeds, "seed"), several(scale.epochs, "epoch") + tasks]
-        ),
+        "Seeds and epochs": f"seeds {first} to {first + scale.seeds - 1},"
+        f" {several(scale.epochs, 'epoch')}{tasks}{before}",
         "Learning rates": tuning(results),
-        "Versions": ", ".join(f"{name} {version}" for name, version in run["versions"].items()),
-        "Commit": f"`{run['commit']}`",
-        "Device": run["device"],
+        "Versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
+        "Commit": listed(f"`{run['commit']}`" for run in runs),
+        "Device": listed(run["device"] for run in runs),
     }
-    if left := missing(results):
+    if left := results.missing:
         lines["Not finished"] = (
-            f"{len(left)} of {several(len(plan.cells), 'cell')} are missing, in whole or in part:"
-            f" {listed(f'{cell.panel}: {cell.variant}' for cell in left)}"
+            f"{len(left)} of {several(len(plan.cells), 'cell')} are missing:"
+            f" {listed(f'{cell.panel}: {cell.name}' for cell in left)}"
         )
     return "\n".join(f"* **{name}**: {text}." for name, text in lines.items())
 
@@ -168,108 +158,178 @@ def head(results: Results) -> str:
 # Tables.
 
 
-def accuracies(results: Results) -> str:
-    phases = {phase: at(results, phase) for phase in RATES}
-    rates, parts = own_rates(results), []
+def values(results: Results) -> str:
+    """Every metric of every cell, and the rates that were chosen."""
+    metrics, tuned = metrics_of(results), bool(results.plan.grid)
+    parts = []
     for panel, cells in panels(results.plan.cells).items():
-        rows = []
+        headers, rows = ["variant"], []
+        for metric in metrics:
+            headers += [f"{metric.name}, {phase}" for phase in phases_of(results)]
         for cell in cells:
-            same, best = (phases[phase].get(cell) for phase in (SAME, BEST))
-            row = [cell.variant, measured(same, final), measured(same, highest)]
-            if results.plan.grid:
-                rate = f"{rates[cell]:.3g}" if cell in rates else "not yet"
-                row += [rate, measured(best, final), measured(best, highest)]
+            row = [cell.name]
+            row += [summed_up(results, cell, p, m) for m in metrics for p in phases_of(results)]
+            if tuned and cell in results.tuning:
+                found = choice(results.tuning[cell])
+                shares = ", ".join(f"{r:.3g}: {s:.0%}" for r, s in found.shares.items() if s > 0.05)
+                row += [f"{found.rate:.3g}" + " (edge)" * (not found.inside), shares]
             rows.append(row)
-        headers = ["variant", f"at {cells[0].setup.rate:g}: final", "best"]
-        headers += ["own best rate", "there: final", "best"] * bool(results.plan.grid)
+        headers += ["own best rate", "chosen by resamples"] * tuned
         parts.append(f"### {panel}\n\n{table(rows, headers)}")
-    over = ", the mean over all tasks" if results.plan.tasks > 1 else ""
     note = (
-        f"Test accuracy in %{over}, mean ± sample standard deviation"
-        f" (n = {results.plan.scale.seeds} seeds)."
-        " *Final* is after the last epoch. *Best* is the highest of all epochs, seed by seed: it"
-        " is chosen on the test set, and so of interest only beside the final one."
+        "In % (slowness in epochs), mean ± sample standard deviation over"
+        f" {several(results.plan.scale.seeds, 'seed')}, after the last epoch. A seed whose loss is"
+        " no longer finite counts with the accuracy of chance; one that ends at the level of"
+        " chance counts as diverged too."
     )
-    return "\n\n".join(["## Accuracy", note, *parts])
+    return "\n\n".join(["## What came out", note, *parts])
 
 
-def metric_table(results: Results, metric: Metric) -> str:
-    rows = [
-        [
-            cell.panel,
-            cell.variant,
-            *(
-                measured(at(results, phase).get(cell), metric.of, metric.scale, metric.digits)
-                for phase in phases_of(results)
-            ),
-        ]
-        for cell in results.plan.cells
-    ]
-    return table(rows, ["panel", "variant", *(RATES[phase] for phase in phases_of(results))])
-
-
-def phases_of(results: Results) -> list[str]:
-    return [SAME, BEST] if results.plan.grid else [SAME]
-
-
-def slowness(results: Results) -> str:
-    note = (
-        "The slowness is fitted by least squares to each seed's learning curve,"
-        " `accuracy(epoch) = a * epoch / (slowness + epoch)` from epoch 1, with `a` fixed to the"
-        f" best accuracy of the {several(results.plan.scale.epochs, 'epoch')}. A small slowness is"
-        " a fast learner, by its own `a`: beside one that ends higher, one that stays low may seem"
-        " fast."
-    )
-    return f"## Slowness\n\n{note}\n\n{metric_table(results, SLOWNESS)}"
-
-
-def forgetting(results: Results) -> str:
-    note = (
-        "The best accuracy on a task at the end of any task before the last, minus the accuracy at"
-        " the very end, in points, averaged over all tasks but the last. The average accuracy over"
-        " all tasks after the last one is *final* above."
-    )
-    return f"## Forgetting\n\n{note}\n\n{metric_table(results, FORGETTING)}"
-
-
-def seconds(results: Results) -> str:
+def steps(results: Results) -> str:
+    """Length of the updates of each kernel, relative to GRAPES of the same form."""
     rows = []
-    for panel in panels(results.plan.cells):
-        of_panel = [
-            np.median(r.seconds) / r.diverged.size
-            for r in results.records
-            if r.cell.panel == panel and r.phase != TUNING and len(r.seconds)
-        ]
-        if of_panel:
-            rows.append([panel, *(f"{f(of_panel):.2g}" for f in (np.min, np.median, np.max))])
+    for cells in panels(results.plan.cells).values():
+        trained = {c.variant: chosen(results, c, COMMON) for c in cells}
+        lengths = {v: mean_steps(t.record) for v, t in trained.items() if t and t.record.steps}
+        for variant, of in lengths.items():
+            base = lengths.get(LOCAL if variant.form in ("local", "plain") else PROPAGATED)
+            if base and variant not in (LOCAL, PROPAGATED):
+                ratios = [f"{of[name] / base[name]:.3f}" for name in of]
+                rows.append([cells[0].panel, variant.name, *ratios])
     if not rows:
         return ""
+    names = [name.removeprefix("params/").removesuffix("/kernel") for name in lengths_of(results)]
+    wide = max(map(len, rows))
+    headers = ["panel", "variant", *names][:wide]
+    headers += [""] * (wide - len(headers))
     note = (
-        "Of training alone, by the clock: the median over the epochs, for one seed where all train"
-        " at once; least, median and most of the variants of a panel. Other work on the same"
-        " machine is not excluded."
+        "Mean length of the update of each kernel over the whole run at the common rate, divided by"
+        " that of GRAPES: of the local form for plain training and the local controls, of the"
+        " propagated one for its own."
     )
-    title = "## Seconds per epoch and seed"
-    return f"{title}\n\n{note}\n\n{table(rows, ['panel', 'min', 'median', 'max'])}"
+    return f"## Length of the steps\n\n{note}\n\n{table(rows, headers)}"
+
+
+def lengths_of(results: Results) -> list[str]:
+    return list(dict.fromkeys(n for record in results.report.values() for n in record.steps))
+
+
+def mean_steps(record: Record) -> dict[str, float]:
+    return {name: float(np.nanmean(of[1:, 0])) for name, of in record.steps.items()}
+
+
+def factor_table(results: Results) -> str:
+    rows = []
+    for cell, record in results.report.items():
+        if cell.variant.control == "" and record.layers:
+            for layer, first in record.layers[0].items():
+                last = record.layers[-1][layer]
+                keys = "factor_mean", "factor_std"
+                row = [f"{of[key]:.3f}" for key in keys for of in (first, last)]
+                row += [f"{100 * of['at_lower_bound']:.1f}" for of in (first, last)]
+                rows.append([cell.panel, cell.name, layer.removeprefix("params/"), *row])
+    if not rows:
+        return ""
+    headers = ["panel", "variant", "layer", "mean: start", "end"]
+    headers += ["deviation: start", "end", "at the lower bound in %: start", "end"]
+    note = (
+        "Mean and standard deviation over the nodes of a layer, and the share of the nodes whose"
+        " factor is the lower bound 1, at the common rate. In plain training they are what GRAPES"
+        " would use."
+    )
+    return f"## Factors\n\n{note}\n\n{table(rows, headers)}"
 
 
 def memory(results: Results) -> str:
     rows = [
-        [r.cell.panel, r.cell.variant, f"{r.parameter_bytes:,}", f"{r.state_bytes:,}"]
-        for r in at(results, SAME).values()
+        [r.cell.panel, r.cell.name, f"{r.parameter_bytes:,}", f"{r.state_bytes:,}"]
+        for r in results.report.values()
     ]
     headers = "optimizer", "variant", "bytes of parameters", "bytes of optimizer state"
     note = "Of one network, in float32, at a constant learning rate."
     return f"## Memory\n\n{note}\n\n{table(rows, headers)}"
 
 
-def memory_verdict(results: Results) -> str:
-    trained = at(results, SAME)
-    plain = {r.cell.panel: r for r in trained.values() if r.cell.variant == "plain"}
+# Outcomes.
+
+
+def difference(c: Comparison | None) -> list[str]:
+    if c is None:
+        return ["", "", ""]
+    lost = zip(("GRAPES", "control"), c.diverged, strict=True)
+    note = ", ".join(f"{name} {count}/{c.seeds} diverged" for name, count in lost if count)
+    word = c.outcome + f" ({note})" * bool(note and c.outcome != DIVERGED)
+    if c.estimate is None:
+        return ["", word, ""]
+    digits = c.metric.digits
+    return [with_interval(c.estimate, digits), word, f"{c.estimate.detectable:.{digits}f}"]
+
+
+def comparison_table(results: Results, metric: Metric, found: list[Comparison]) -> str:
+    by_phase = {(c.cell, c.control, c.phase): c for c in found if c.metric == metric}
+    rows = [
+        [cell.panel, cell.name, control.name]
+        + [
+            t
+            for phase in phases_of(results)
+            for t in difference(by_phase.get((cell, control, phase)))
+        ]
+        for cell, control in dict.fromkeys(key[:2] for key in by_phase)
+    ]
+    headers = ["panel", "variant", "against"]
+    for phase in phases_of(results):
+        headers += [f"{phase}: {metric.unit} [95 %]", "outcome", "detectable"]
+    lower = " (lower is better)" if metric.sign < 0 else ""
+    return f"### Difference in {metric.name}, in {metric.unit}{lower}\n\n{table(rows, headers)}"
+
+
+def count_table(counted: dict[tuple[str, str, str], Counter[str]]) -> str:
+    words = [w for w in OUTCOMES if any(count[w] for count in counted.values())]
+    names = {"plain": "plain", **CONTROLS}
+    rows = [
+        [metric, names[kind], phase, *(count[word] for word in words)]
+        for (metric, kind, phase), count in counted.items()
+    ]
+    return table(rows, ["metric", "against", "rates", *words])
+
+
+def primary_table(found: Sequence[Primary]) -> str:
+    rows = [
+        [c.cell.panel, c.cell.name, c.control.name, c.metric.name, c.phase, c.outcome]
+        + [f"{p:.2g}", f"{adjusted:.2g}"]
+        for c, p, adjusted in found
+    ]
+    return table(rows, ["panel", "variant", "against", "metric", "rates", "outcome", "p", "Holm"])
+
+
+def claim_table(found: list[Claim]) -> str:
+    rows = []
+    for claim in found:
+        against = f"{claim.plain.outcome} ({claim.plain.phase})" if claim.plain else "none"
+        words = Counter(c.outcome for c in claim.controls)
+        others = ", ".join(f"{count} {word}" for word, count in words.items()) or "none"
+        row = [claim.cell.panel, claim.cell.name, claim.metric.name, against, others, claim.holds]
+        rows.append(row)
+    headers = ["panel", "variant", "metric", "against plain", "against the controls", "helps"]
+    return table(rows, headers)
+
+
+def claim_sentence(found: list[Claim]) -> str:
+    holds = Counter(c.holds for c in found)
+    return (
+        f"In {found[0].metric.name}, GRAPES is better than plain training and than every control in"
+        f" {holds[YES]} of {several(len(found), 'case')} (a variant in a panel); in {holds[NO]} plain"
+        f" training or a control is as good or better, {holds[UNKNOWN]}"
+        f" {'is' if holds[UNKNOWN] == 1 else 'are'} open."
+    )
+
+
+def memory_sentence(results: Results) -> str:
+    plain = {r.cell.panel: r for r in results.report.values() if r.cell.variant.form == "plain"}
     extra = [
         r.state_bytes - plain[r.cell.panel].state_bytes
-        for r in trained.values()
-        if is_grapes(r.cell.variant) and r.cell.panel in plain
+        for r in results.report.values()
+        if r.cell.variant.is_grapes and r.cell.panel in plain
     ]
     if not extra:
         return "Nothing to compare yet."
@@ -281,212 +341,222 @@ def memory_verdict(results: Results) -> str:
     return text + ("." if free == len(extra) else f"; at most it takes {max(extra):+,} bytes.")
 
 
-def factor_table(results: Results) -> str:
-    rows = []
-    for cell, record in at(results, SAME).items():
-        if cell.variant in figures.OBSERVED and record.layers:
-            for layer in record.layers[0]:
-                first, last = (record.layers[i][layer] for i in (0, -1))
-                rows.append(
-                    [cell.setup.init, cell.variant, layer.removeprefix("params/")]
-                    + [
-                        f"{of[key]:.3f}"
-                        for key in ("factor_mean", "factor_std")
-                        for of in (first, last)
-                    ]
-                    + [f"{100 * of['at_lower_bound']:.1f}" for of in (first, last)]
-                )
-    if not rows:
-        return ""
-    headers = ["initial weights", "variant", "layer", "mean: start", "end"]
-    headers += ["deviation: start", "end", "at the lower bound in %: start", "end"]
-    note = (
-        "Mean and standard deviation over the nodes of a layer, and the share of the nodes whose"
-        " factor is the lower bound 1; means over the seeds, at the common rate. In plain training"
-        " they are what GRAPES would use."
-    )
-    return f"## Factors\n\n{note}\n\n{table(rows, headers)}"
-
-
-# Verdicts.
-
-
-def cell_of(c: Comparison | None) -> list[str]:
-    if c is None:
-        return ["", ""]
-    if c.word == DIVERGED:
-        who = zip(("variant", "control"), c.diverged, strict=True)
-        seeds = ", ".join(f"{name} {count} of {c.seeds}" for name, count in who if count)
-        return ["", f"{DIVERGED} ({seeds})"]
-    digits = c.metric.digits
-    mean, low, high = (signed(x, digits) if np.isfinite(x) else "" for x in (c.mean, c.low, c.high))
-    return [f"{mean} [{low}, {high}]" if low else mean, c.word]
-
-
-def comparison_table(results: Results, metric: Metric, found: list[Comparison]) -> str:
-    by_rate = {(c.panel, c.variant, c.kind, c.phase): c for c in found if c.metric == metric}
-    names = {(c.panel, c.variant, c.kind): c.control for c in found if c.metric == metric}
-    rows = [
-        [key[0], key[1], control]
-        + [text for phase in phases_of(results) for text in cell_of(by_rate.get((*key, phase)))]
-        for key, control in names.items()
-    ]
-    headers = ["panel", "variant", "against"]
-    for phase in phases_of(results):
-        headers += [f"{RATES[phase]}: {metric.unit} [95 %]", "verdict"]
-    lower = " (lower is better)" if metric.sign < 0 else ""
-    return f"### Difference in {metric.name}, in {metric.unit}{lower}\n\n{table(rows, headers)}"
-
-
-def count_table(counted: dict[tuple[str, str, str], Counter[str]]) -> str:
-    words = [w for w in WORDS if w != FEW or any(c[FEW] for c in counted.values())]
-    rows = [
-        [metric, kind, RATES[phase], *(count[word] for word in words)]
-        for (metric, kind, phase), count in counted.items()
-    ]
-    return table(rows, ["metric", "against", "rates", *words])
-
-
-def chance(found: Iterable[Comparison]) -> str:
-    """How many comparisons would differ where there is nothing to be seen."""
-    tested = [c for c in found if c.word in (BETTER, NONE, WORSE)]
-    if not tested:
-        return f"No comparison has the {FEWEST} seeds that a verdict takes."
-    differ = sum(c.word != NONE for c in tested)
-    expected = sum(1 - COVERAGE.get(c.seeds, LEVEL) for c in tested)
-    return (
-        f"Of {several(len(tested), 'comparison')} with an interval, {differ} came out as better or"
-        f" worse. Where there is no difference at all, about {1 - LEVEL:.0%} would"
-        f" ({1 - COVERAGE[FEWEST]:.1%} with {FEWEST} seeds), that is {expected:.1f}; comparisons"
-        " that share a run come out alike."
-    ).replace("%", " %")
-
-
-def claim_sentence(found: list[Claim]) -> str:
-    holds = Counter(c.holds for c in found)
-    metric = found[0].metric
-    text = (
-        f"In {metric.name}, GRAPES is better than all its controls in {holds[YES]} of"
-        f" {several(len(found), 'case')} (panels x variants), and in {holds[NO]} it is not"
-    )
-    if holds[OPEN]:
-        text += (
-            f"; in {holds[OPEN]} it is not known, for a control is missing, not trained yet or"
-            " diverged, or the seeds are too few"
-        )
-    return text + "."
-
-
-def claim_table(found: list[Claim]) -> str:
-    rows = [
-        [
-            *(c.panel, c.variant, c.metric.name),
-            *(c.words.get(kind, "no comparison") for kind in KINDS),
-            c.holds,
-        ]
-        for c in found
-    ]
-    against = [f"{kind}, {RATES[CLAIM[kind]]}" for kind in KINDS]
-    return table(rows, ["panel", "variant", "metric", *against, "better than all"])
-
-
-def short_verdict(results: Results, found: list[Comparison]) -> str:
-    if not results.records:
+def verdict(results: Results, found: list[Comparison]) -> str:
+    if not results.report:
         return "Nothing is trained yet."
     if results.plan.experiment == "memory":
-        return memory_verdict(results)
-    all_claims = claims(results, found)
-    sentences = []
-    for metric in metrics_of(results.plan.experiment):
-        if of_metric := [c for c in all_claims if c.metric == metric]:
-            sentences.append(claim_sentence(of_metric))
-    return " ".join([*sentences, chance(found)])
+        return memory_sentence(results)
+    if results.plan.scale.seeds < FEWEST:
+        seeds = several(results.plan.scale.seeds, "seed")
+        return f"**Too few seeds**: {seeds}, and no outcome is told of fewer than {FEWEST}."
+    by_metric: dict[Metric, list[Claim]] = {}
+    for claim in claims(found):
+        by_metric.setdefault(claim.metric, []).append(claim)
+    sentences = [claim_sentence(of_metric) for of_metric in by_metric.values()]
+    return " ".join(sentences) or "There is no form of GRAPES to compare."
 
 
-def verdicts(results: Results, found: list[Comparison]) -> str:
+def outcomes(results: Results, found: list[Comparison]) -> str:
     if not found:
         return ""
-    size = f"{RESAMPLES:,} resamples, or all there are with up to 6 seeds"
+    margin = MARGINS.get(results.plan.dataset, MARGIN)
     note = (
-        "Each form of GRAPES against its controls, paired by the seed: the mean difference, its"
-        " 95 % interval, and what follows. The interval is Hesterberg's expanded percentile"
-        f" interval of the bootstrap ({size}). On normal data it was measured to hold the truth in"
-        f" {100 * COVERAGE[5]:.1f} % of cases with 5 seeds, and in {100 * COVERAGE[10]:.1f} % with"
-        " 10. The controls: plain training; every"
-        " node with the mean factor of its layer; every node with its neighbour's factor."
+        "Each form of GRAPES against plain training and against its controls, paired by the seed:"
+        " mean difference, 95 % interval of Student's t, and outcome. *Better* and *worse*: the"
+        f" interval is off zero. *Equivalent*: the 90 % interval lies within ± {margin:g} points, a"
+        " tenth of the control's slowness (two one-sided tests at 5 %, margins written down before"
+        " the runs); a difference that is better or worse may lie within the margin too."
+        " *Inconclusive*: neither. *Detectable* is the difference that would have been seen with a"
+        " probability of 80 %. At own best rates the variance of the choice of the rates is added,"
+        " over the rates that resamples of the tuning seeds choose; where a best rate lies on the"
+        " edge of those tried there is no outcome. No correction for the number of rows but in the"
+        " primary ones."
     )
-    if any(c.variant == "authors' DFA" for c in found):
-        note += " The authors' form for DFA has none of its own: those of the local form stand in."
-    parts = [comparison_table(results, m, found) for m in metrics_of(results.plan.experiment)]
+    parts = [comparison_table(results, m, found) for m in metrics_of(results)]
+    parts += ["### How often", "Numbers that are those of the common rate again count once."]
+    parts += [count_table(counts(found))]
+    if first := primary(found):
+        note_of = (
+            "What the claim rests on: both forms against plain training at own best rates (at the"
+            " common one where rates are not tuned), and against the mean factor and the equal step"
+            " at the common rate. *Holm* is the p-value corrected for their number."
+        )
+        parts += ["### Primary comparisons", note_of, primary_table(first)]
     rule = (
-        "GRAPES counts as better only if it is better than plain training, each at its own best"
-        " rate, and than the mean factor and the neighbour's factor at the common rate."
+        "*Yes* only if GRAPES is better than plain training, each at its own best rate, and than"
+        " every control at the common rate; *no* if one of them is equivalent, identical or better;"
+        " *open* otherwise: what is not seen refutes nothing."
     )
-    return "\n\n".join(
-        [
-            "## Verdicts",
-            note,
-            *parts,
-            "### How often",
-            count_table(counts(found)),
-            chance(found),
-            "### Better than all controls",
-            rule,
-            claim_table(claims(results, found)),
-        ]
-    )
+    parts += ["### Does it help?", rule, claim_table(claims(found))]
+    return "\n\n".join(["## Outcomes", note, *parts])
 
 
 # A whole report.
 
 
-# Of the experiments that have other tables than that of the accuracies.
-PARTS: dict[str, tuple[Callable[[Results], str], ...]] = {
-    "accuracy": (accuracies, slowness),
-    "forgetting": (accuracies, forgetting),
-    "memory": (memory,),
-}
-
-
 def pictures(results: Results, folder: Path) -> str:
     drawn = figures.draw(results, folder)
-    texts = [f"![{text}]({name}.png)\n\n{text} ([SVG]({name}.svg))" for name, text in drawn.items()]
-    note = "Where a picture has many curves of many epochs, it shows some of the epochs only."
-    return "\n\n".join(["## Figures", note, *texts]) if texts else ""
+    texts = [f"![{text}]({name}.png)\n\n{text}" for name, text in drawn.items()]
+    return "\n\n".join(["## Pictures", *texts]) if texts else ""
 
 
-def write(folder: Path) -> tuple[Results, list[Comparison]]:
+class Report(NamedTuple):
+    results: Results
+    found: list[Comparison]
+
+
+def write(folder: Path) -> Report:
     """Writes the report of one run beside its file."""
     results = records.read(folder)
     found = comparisons(results)
-    experiment, trained = results.plan.experiment, bool(results.records)
-    parts = [
-        f"# {EXPERIMENTS[experiment].question}",
-        f"**Verdict** (computed): {short_verdict(results, found)}",
-        head(results),
-    ]
-    if trained:
-        parts += [part(results) for part in PARTS.get(experiment, (accuracies,))]
-        parts += [factor_table(results), verdicts(results, found)]
-        parts += [pictures(results, folder), seconds(results)]
+    parts = [f"# {EXPERIMENTS[results.plan.experiment].question}", verdict(results, found)]
+    parts += [head(results)]
+    if results.plan.experiment == "memory":
+        parts += [memory(results)]
+    elif results.report:
+        parts += [pictures(results, folder), outcomes(results, found), values(results)]
+        parts += [steps(results), factor_table(results)]
     text = "\n\n".join(part for part in parts if part) + "\n"
     records.replace(folder / "report.md", text.encode())
-    return results, found
+    return Report(results, found)
 
 
-# The index of several.
+# The index of several: claims by data sets.
 
 
-def outcome(found: Iterable[Comparison]) -> str:
-    words = Counter(c.word for c in found)
-    return ", ".join(f"{words[word]} {word}" for word in WORDS if words[word])
+class Question(NamedTuple):
+    """A claim of the paper, or a question of our own: where its answer is found."""
+
+    text: str
+    experiment: str
+    panel: str | None = None  # None: all of them
+    metric: str | None = None
 
 
-def index(reports: dict[str, tuple[Results, list[Comparison]]]) -> str:
+CLAIMS = (
+    Question("higher accuracy, backpropagation", "accuracy", "BP, sgd", FINAL.name),
+    Question("faster, backpropagation", "accuracy", "BP, sgd", SLOWNESS.name),
+    Question("after the paper's 200 epochs", "length", "BP, sgd", FINAL.name),
+    Question("with feedback alignment", "accuracy", "FA, sgd", FINAL.name),
+    Question("with direct feedback alignment", "accuracy", "DFA, sgd", FINAL.name),
+    Question("with RMSprop", "accuracy", "BP, rmsprop"),
+    Question("with Adam", "accuracy", "BP, adam"),
+    Question("deeper networks: 8 layers", "depth", "depth 8"),
+    Question("narrow networks: width 16", "width", "width 16"),
+    Question("less forgetting", "forgetting", None, "forgetting"),
+    Question("recurrent: LSTM", "recurrent", "LSTM"),
+    Question("recurrent: GRU", "recurrent", "GRU"),
+    Question("spiking: SNU", "spiking", "SNU"),
+    Question("convolutional", "convolutional"),
+    Question("weights 95 % pruned", "spread", "pruned 95 %"),
+    Question("heavy-tailed weights", "spread", "heavy tails"),
+    Question("fine-tuning, 80 % pruned", "finetuning", "pruned 80 %"),
+    Question("fine-tuning, widened", "finetuning", "widened"),
+    Question("fine-tuning, dead nodes", "finetuning", "dead nodes"),
+    Question("transfer", "finetuning", "transferred"),
+    Question("small rate: 0.003", "rates", "rate 0.003"),
+)
+
+
+def short(c: Comparison) -> str:
+    if c.estimate is None:
+        return c.outcome
+    return f"{c.outcome} ({signed(c.estimate.mean, c.metric.digits)})"
+
+
+def answers(question: Question, name: str, report: Report) -> str:
+    """Of both forms: against plain training and the strongest control, at both rates."""
+    lines = []
+    for variant in (PROPAGATED, LOCAL):
+        of = [
+            c
+            for c in report.found
+            if c.cell.variant in (variant,)
+            and question.panel in (None, c.cell.panel)
+            and question.metric in (None, c.metric.name)
+        ]
+        for phase in (COMMON, BEST):
+            plain = [c for c in of if c.phase == phase and c.kind == "plain"]
+            others = [c for c in of if c.phase == phase and c.kind not in ("plain", "rate")]
+            seen = [c for c in others if c.estimate]
+            strongest = min(seen, key=lambda c: c.metric.sign * c.estimate.mean, default=None)
+            if plain:
+                against = f", strongest control {short(strongest)}" if strongest else ""
+                rates = {COMMON: "common", BEST: "own"}[phase]
+                lines.append(f"{variant.form}, {rates}: plain {short(plain[0])}{against}")
+    return "<br>".join([*lines, f"[report]({name}/report.md)"]) if lines else ""
+
+
+def matrix(reports: dict[str, Report]) -> str:
+    """Claims by data sets."""
+    sets = list(dict.fromkeys(r.results.plan.dataset for r in reports.values()))
     rows = []
-    for name, (results, found) in reports.items():
-        plan, left = results.plan, len(missing(results))
-        came_out = memory_verdict(results) if plan.experiment == "memory" else outcome(found)
+    for question in CLAIMS:
+        row = [question.text]
+        for dataset in sets:
+            found = [
+                answers(question, name, report)
+                for name, report in reports.items()
+                if (report.results.plan.experiment, report.results.plan.dataset)
+                == (question.experiment, dataset)
+            ]
+            row.append("<br>".join(filter(None, found)))
+        if any(row[1:]):
+            rows.append(row)
+    return table(rows, ["", *sets])
+
+
+EFFECTS = {  # what the data sets are put together for: variant, control, rates
+    "propagated against plain, common rate": (PROPAGATED, "plain", COMMON),
+    "propagated against plain, own best rates": (PROPAGATED, "plain", BEST),
+    "propagated against its mean factor, common rate": (PROPAGATED, "mean", COMMON),
+    "propagated against its reversed factors, common rate": (PROPAGATED, "reverse", COMMON),
+    "local against plain, common rate": (LOCAL, "plain", COMMON),
+    "local against plain, own best rates": (LOCAL, "plain", BEST),
+    "local against an equal step, common rate": (LOCAL, "norm", COMMON),
+    "local against its reversed factors, common rate": (LOCAL, "reverse", COMMON),
+}
+
+
+def effects(reports: dict[str, Report]) -> dict[str, dict[str, Estimate]]:
+    """Of the authors' set-up (backpropagation, SGD), by data set."""
+    found: dict[str, dict[str, Estimate]] = {}
+    for name, (variant, kind, phase) in EFFECTS.items():
+        for report in reports.values():
+            plan = report.results.plan
+            for c in report.found:
+                usual = plan.experiment == "accuracy" and c.cell.setup == AUTHORS
+                same = (c.cell.rule, c.cell.variant, c.kind, c.phase) == (
+                    "BP",
+                    variant,
+                    kind,
+                    phase,
+                )
+                if usual and same and c.metric is FINAL and c.estimate:
+                    found.setdefault(name, {})[plan.dataset] = c.estimate
+    return {name: by_set for name, by_set in found.items() if len(by_set) > 1}
+
+
+def effect_table(found: dict[str, dict[str, Estimate]]) -> str:
+    rows = []
+    for name, by_set in found.items():
+        mean, between = random_effects(list(by_set.values()))
+        rows.append([name, len(by_set), with_interval(mean, 2), f"{between:.2f}"])
+    headers = ["", "data sets", "points [95 %]", "standard deviation between sets"]
+    return table(rows, headers)
+
+
+def outcome_counts(report: Report) -> str:
+    words = Counter(c.outcome for c in report.found if not c.repeated)
+    return ", ".join(f"{words[word]} {word}" for word in OUTCOMES if words[word])
+
+
+def index(reports: dict[str, Report], folder: Path) -> str:
+    rows = []
+    for name, report in reports.items():
+        plan, left = report.results.plan, len(report.results.missing)
+        memory_run = plan.experiment == "memory"
+        came_out = memory_sentence(report.results) if memory_run else outcome_counts(report)
         rows.append(
             [
                 f"[{name}]({name}/report.md)",
@@ -494,19 +564,30 @@ def index(reports: dict[str, tuple[Results, list[Comparison]]]) -> str:
                 plan.dataset,
                 plan.scale.seeds,
                 plan.scale.epochs * plan.tasks,
-                (came_out or "none yet") + f" ({several(left, 'cell')} missing)" * bool(left),
+                (came_out or "none") + f" ({several(left, 'cell')} missing)" * bool(left),
             ]
         )
-    found = [c for _, of_run in reports.values() for c in of_run]
-    parts = [
-        "# Experiments",
-        table(rows, ["run", "question", "data set", "seeds", "epochs", "verdicts"]),
-    ]
-    if found:
-        parts += ["## Verdicts over all runs", count_table(counts(found)), chance(found)]
-        all_claims = [c for results, of_run in reports.values() for c in claims(results, of_run)]
-        for metric in dict.fromkeys(c.metric for c in all_claims):
-            parts.append(claim_sentence([c for c in all_claims if c.metric == metric]))
+    parts = ["# Results"]
+    if questions := matrix(reports):
+        note = (
+            "Claims by data sets: the outcome of both forms of GRAPES against plain training and"
+            " against the strongest control, the one against which GRAPES does worst, in points (the"
+            " slowness in epochs), at the common learning rate and at own best ones."
+        )
+        parts += [note, questions]
+    if found := effects(reports):
+        figures.forest(found, folder / "forest")
+        note = (
+            "Over data sets: backpropagation with SGD in the authors' set-up, random effects (Paule"
+            " and Mandel; interval by Hartung and Knapp)."
+        )
+        text = "Effects by data set, and over all"
+        parts += ["## Over data sets", note, effect_table(found), f"![{text}](forest.png)"]
+    headers = ["run", "question", "data set", "seeds", "epochs", "outcomes"]
+    parts += ["## Runs", table(rows, headers)]
+    counted = counts(c for report in reports.values() for c in report.found)
+    if counted:
+        parts += ["## Outcomes over all runs", count_table(counted)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -522,5 +603,5 @@ def report(out: Path) -> None:
             f"There is nothing to report in {out}: neither it nor a folder in it has {records.NAME}"
         )
     reports = {folder.name: write(folder) for folder in folders}
-    records.replace(out / "README.md", index(reports).encode())
+    records.replace(out / "README.md", index(reports, out).encode())
     print(f"Reports of {several(len(reports), 'run')}: {out / 'README.md'}")

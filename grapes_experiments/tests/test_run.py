@@ -256,7 +256,10 @@ def test_lengths_of_the_steps(data, tmp_path):
 def weights() -> dict:
     keys = jax.random.split(jax.random.key(5), 3)
     shapes = {"Dense_0": (6, 5), "Dense_1": (5, 4), "output": (4, 3)}
-    return {n: {"kernel": jax.random.normal(k, s)} for (n, s), k in zip(shapes.items(), keys, strict=True)}
+    return {
+        n: {"kernel": jax.random.normal(k, s)}
+        for (n, s), k in zip(shapes.items(), keys, strict=True)
+    }
 
 
 def updated(variant: Variant, params, state=None):
