@@ -1,10 +1,11 @@
-"""The pictures of a report. The baseline comes first, and curves that merge are drawn as differences.
+"""The pictures of a report: the baseline first, and curves that merge drawn as differences to it.
 
 One format: PNG of few colours. Colours are told apart by those who see few of them; a form of
 GRAPES has one, and each control a line style.
 """
 
 import io
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -34,7 +35,7 @@ from grapes_experiments.statistics import (
 )
 from grapes_experiments.variants import PLAIN, Variant
 
-SETTINGS = {
+SETTINGS: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 8,
     "axes.titlesize": 8.5,
@@ -100,7 +101,7 @@ def labelled(
     handles = {v.name: Line2D([], [], **style(v)) for v in variants}
     across = max(1, min(len(handles), int(figure.get_figwidth() // 2.3)))
     figure.legend(handles.values(), handles, loc="outside lower center", ncols=across)
-    figure.suptitle(title, fontsize=9)
+    figure.suptitle(textwrap.fill(title, int(13 * figure.get_figwidth())), fontsize=9)
     return figure
 
 
@@ -132,11 +133,13 @@ def against_rates(results: Results) -> Figure | None:
             mean = scores.mean(1)
             axis.plot(record.rates, mean, **style(cell.variant))
             best = record.rates.index(found.rate)
-            axis.plot(
-                found.rate, mean[best], "o", ms=4.5, mfc="white", color=COLORS[cell.variant.form]
-            )
+            color = COLORS[cell.variant.form]
+            axis.plot(found.rate, mean[best], "o", ms=4.5, mfc="white", color=color)
             tops.append(mean[best])
         axis.set_xscale("log")
+        tried = sorted({rate for cell in cells for rate in results.tuning[cell].rates})
+        axis.xaxis.set_major_locator(FixedLocator(tried[:: -(-len(tried) // 6)]))
+        axis.xaxis.set_major_formatter("{x:.2g}")
         axis.xaxis.set_minor_locator(NullLocator())
         reach = max(3.0, 3 * (max(tops) - min(tops)))
         axis.set_ylim(max(0, min(tops) - reach), max(tops) + 0.1 * reach)
@@ -185,7 +188,7 @@ def differences(results: Results, phase: str) -> Figure | None:
             shown.append(cell)
             if record.diverged.all():
                 text = f"{cell.name}: {record.diverged.size}/{record.diverged.size} diverged"
-                lines = sum(isinstance(child, mpl.text.Annotation) for child in axis.get_children())
+                lines = len(axis.texts)
                 axis.annotate(
                     text,
                     (0.03, 0.03 + 0.075 * lines),
@@ -203,17 +206,18 @@ def differences(results: Results, phase: str) -> Figure | None:
             axis.xaxis.set_major_locator(MaxNLocator(5, steps=(1, 2, 5, 10), integer=True))
         limit_to_the_end(axis)
     rates = {COMMON: "at the common rate", BEST: "each at its own best rate"}[phase]
-    title = f"Mean difference to plain training (the zero line), {rates}; band: 95 % interval"
+    title = f"Test accuracy less that of plain training (zero), {rates}; band: 95 % interval"
     variants = [PLAIN, *variants_of(shown)]
-    y = "test accuracy, difference (points)"
+    y = "difference (points)"
     return labelled(figure, axes, "epoch", y, variants, scales(title, axes))
 
 
 def limit_to_the_end(axis: Axes) -> None:
     """Leaves room for what is seen in most of the curve, not for the first epoch alone."""
-    values = [line.get_ydata() for line in axis.get_lines() if len(line.get_ydata()) > 2]
+    drawn = [np.ravel(np.asarray(line.get_ydata(), float)) for line in axis.get_lines()]
+    values = [y for y in drawn if len(y) > 2]
     if values:
-        low, high = np.quantile(np.concatenate([np.ravel(v) for v in values]), (0.01, 0.98))
+        low, high = np.quantile(np.concatenate(values), (0.01, 0.98))
         room = max(0.15, 0.35 * (high - low))
         axis.set_ylim(min(low, 0) - room, max(high, 0) + room)
 
@@ -283,8 +287,8 @@ def by_task(results: Results) -> Figure | None:
                 drawn.append(cell)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.set_title({COMMON: "at the common rate", BEST: "each at its own best rate"}[phase])
-    title = "After the last task: difference to plain training (the zero line); band: 95 % interval"
-    y = "test accuracy, difference (points)"
+    title = "Test accuracy after the last task, less that of plain training (zero); band: 95 %"
+    y = "difference (points)"
     variants = [PLAIN, *variants_of(drawn)]
     return labelled(figure, axes, "task", y, variants, scales(title, axes))
 
@@ -327,7 +331,7 @@ def forest(effects: Mapping[str, Mapping[str, Estimate]], path: Path) -> None:
     """One block for each effect: the data sets, and all of them together."""
     rows = sum(len(by_set) + 2 for by_set in effects.values())
     with mpl.rc_context(SETTINGS):
-        figure = Figure((6.8, 0.19 * rows + 0.7), layout="constrained")
+        figure = Figure((6.8, 0.16 * rows + 0.7), layout="constrained")
         axis = figure.subplots()
         ticks, place = [], 0.0
         for name, by_set in effects.items():
@@ -353,11 +357,6 @@ def forest(effects: Mapping[str, Mapping[str, Estimate]], path: Path) -> None:
         axis.axvline(0, color="black", lw=0.8)
         axis.set_yticks([p for p, _ in ticks], [label for _, label in ticks])
         axis.set_ylim(place - 0.4, -0.8)
-        axis.set_xscale("symlog", linthresh=1)
-        axis.set_xlim(-3, 3)
-        axis.xaxis.set_major_locator(FixedLocator([-3, -2, -1, -0.5, 0, 0.5, 1, 2, 3]))
-        axis.xaxis.set_major_formatter("{x:g}")
-        axis.xaxis.set_minor_locator(NullLocator())
         axis.grid(visible=False, axis="y")
         axis.set_xlabel("final test accuracy, difference (points); right of zero GRAPES is better")
         axis.set_title("95 % intervals; diamond: random effects over the data sets")

@@ -17,16 +17,23 @@ from grapes_experiments.experiments import EXPERIMENTS
 from grapes_experiments.records import Record, Results, choice
 from grapes_experiments.statistics import (
     BEST,
+    BETTER,
     COMMON,
     DIVERGED,
+    EDGE,
+    EQUIVALENT,
+    FEW,
     FEWEST,
     FINAL,
+    IDENTICAL,
     MARGIN,
     MARGINS,
     NO,
+    OPEN,
     OUTCOMES,
     SLOWNESS,
     UNKNOWN,
+    WORSE,
     YES,
     Claim,
     Comparison,
@@ -267,15 +274,11 @@ def difference(c: Comparison | None) -> list[str]:
 
 def comparison_table(results: Results, metric: Metric, found: list[Comparison]) -> str:
     by_phase = {(c.cell, c.control, c.phase): c for c in found if c.metric == metric}
-    rows = [
-        [cell.panel, cell.name, control.name]
-        + [
-            t
-            for phase in phases_of(results)
-            for t in difference(by_phase.get((cell, control, phase)))
-        ]
-        for cell, control in dict.fromkeys(key[:2] for key in by_phase)
-    ]
+    rows = []
+    for cell, control in dict.fromkeys(key[:2] for key in by_phase):
+        at = [by_phase.get((cell, control, phase)) for phase in phases_of(results)]
+        texts = [text for c in at for text in difference(c)]
+        rows.append([cell.panel, cell.name, control.name, *texts])
     headers = ["panel", "variant", "against"]
     for phase in phases_of(results):
         headers += [f"{phase}: {metric.unit} [95 %]", "outcome", "detectable"]
@@ -295,8 +298,10 @@ def count_table(counted: dict[tuple[str, str, str], Counter[str]]) -> str:
 
 def primary_table(found: Sequence[Primary]) -> str:
     rows = [
-        [c.cell.panel, c.cell.name, c.control.name, c.metric.name, c.phase, c.outcome]
-        + [f"{p:.2g}", f"{adjusted:.2g}"]
+        [
+            *(c.cell.panel, c.cell.name, c.control.name, c.metric.name, c.phase, c.outcome),
+            *(f"{p:.2g}", f"{adjusted:.2g}"),
+        ]
         for c, p, adjusted in found
     ]
     return table(rows, ["panel", "variant", "against", "metric", "rates", "outcome", "p", "Holm"])
@@ -317,9 +322,9 @@ def claim_table(found: list[Claim]) -> str:
 def claim_sentence(found: list[Claim]) -> str:
     holds = Counter(c.holds for c in found)
     return (
-        f"In {found[0].metric.name}, GRAPES is better than plain training and than every control in"
-        f" {holds[YES]} of {several(len(found), 'case')} (a variant in a panel); in {holds[NO]} plain"
-        f" training or a control is as good or better, {holds[UNKNOWN]}"
+        f"In {found[0].metric.name}, GRAPES is better than plain training and than every control"
+        f" in {holds[YES]} of {several(len(found), 'case')} (a variant in a panel); in {holds[NO]}"
+        f" plain training or a control is as good or better, {holds[UNKNOWN]}"
         f" {'is' if holds[UNKNOWN] == 1 else 'are'} open."
     )
 
@@ -458,10 +463,16 @@ CLAIMS = (
 )
 
 
-def short(c: Comparison) -> str:
-    if c.estimate is None:
-        return c.outcome
-    return f"{c.outcome} ({signed(c.estimate.mean, c.metric.digits)})"
+SIGNS = {
+    BETTER: "▲",
+    EQUIVALENT: "=",
+    IDENTICAL: "=",
+    WORSE: "▼",
+    OPEN: "?",
+    DIVERGED: "×",
+    EDGE: "–",
+    FEW: "–",
+}
 
 
 def answers(question: Question, name: str, report: Report) -> str:
@@ -471,20 +482,24 @@ def answers(question: Question, name: str, report: Report) -> str:
         of = [
             c
             for c in report.found
-            if c.cell.variant in (variant,)
+            if c.cell.variant == variant
             and question.panel in (None, c.cell.panel)
             and question.metric in (None, c.metric.name)
         ]
-        for phase in (COMMON, BEST):
+        pairs = []
+        for phase in phases_of(report.results):
             plain = [c for c in of if c.phase == phase and c.kind == "plain"]
             others = [c for c in of if c.phase == phase and c.kind not in ("plain", "rate")]
-            seen = [c for c in others if c.estimate]
-            strongest = min(seen, key=lambda c: c.metric.sign * c.estimate.mean, default=None)
-            if plain:
-                against = f", strongest control {short(strongest)}" if strongest else ""
-                rates = {COMMON: "common", BEST: "own"}[phase]
-                lines.append(f"{variant.form}, {rates}: plain {short(plain[0])}{against}")
+            pair = [*plain[:1], *([min(others, key=lead)] if others else [])]
+            pairs.append(" ".join(SIGNS[c.outcome] for c in pair))
+        if any(pairs):
+            lines.append(f"{variant.form}: {' / '.join(pairs)}")
     return "<br>".join([*lines, f"[report]({name}/report.md)"]) if lines else ""
+
+
+def lead(c: Comparison) -> float:
+    """By how much GRAPES is better; of what has no estimate, nothing."""
+    return c.metric.sign * c.estimate.mean if c.estimate else 0.0
 
 
 def matrix(reports: dict[str, Report]) -> str:
@@ -570,9 +585,11 @@ def index(reports: dict[str, Report], folder: Path) -> str:
     parts = ["# Results"]
     if questions := matrix(reports):
         note = (
-            "Claims by data sets: the outcome of both forms of GRAPES against plain training and"
-            " against the strongest control, the one against which GRAPES does worst, in points (the"
-            " slowness in epochs), at the common learning rate and at own best ones."
+            "Claims by data sets. Of each form of GRAPES the outcome against plain training and"
+            " against the strongest control, the one against which it does worst: first at the"
+            " common learning rate, then, after the stroke, each at its own best one. ▲ better,"
+            " = equivalent, ▼ worse, ? inconclusive, × both diverged, – no outcome (rates on the"
+            " edge of those tried, or too few seeds). An empty field was not run."
         )
         parts += [note, questions]
     if found := effects(reports):

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import optimize, stats
@@ -26,7 +26,7 @@ class Estimate(NamedTuple):
 
     def interval(self, level: float = LEVEL) -> tuple[float, float]:
         """Two-sided confidence interval of the mean."""
-        reach = stats.t.ppf((1 + level) / 2, self.freedom) * self.error
+        reach = float(stats.t.ppf((1 + level) / 2, self.freedom)) * self.error
         return self.mean - reach, self.mean + reach
 
     @property
@@ -48,7 +48,12 @@ def shift(freedom: float) -> float:
         seen = stats.nct.sf(edge, freedom, by) + stats.nct.cdf(-edge, freedom, by)
         return float(seen) - POWER
 
-    return float(optimize.brentq(lacking, 0.1, 60))
+    return root(lacking, 0.1, 60.0)
+
+
+def root(of: Callable[[float], float], low: float, high: float) -> float:
+    found: Any = optimize.brentq(of, low, high)
+    return float(found)
 
 
 def paired(differences: np.ndarray, *variances: float) -> Estimate:
@@ -89,7 +94,7 @@ def random_effects(estimates: Sequence[Estimate]) -> tuple[Estimate, float]:
         high = 1.0
         while surplus(high) > 0:
             high *= 4
-        tau2 = float(optimize.brentq(surplus, 0.0, high))
+        tau2 = root(surplus, 0.0, high)
     w = 1 / (v + tau2)
     mean = float((w * y).sum() / w.sum())
     scale = max(1.0, float((w * (y - mean) ** 2).sum() / (k - 1)))
