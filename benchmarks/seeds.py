@@ -9,6 +9,7 @@ from benchmarks.timing import markdown, seconds_side_by_side, versions
 from examples.data import Data
 from grapes_experiments.cells import AUTHORS, Cell, build
 from grapes_experiments.training import epoch_of, seed_keys, start
+from grapes_experiments.variants import PROPAGATED
 
 
 def main() -> None:
@@ -20,11 +21,11 @@ def main() -> None:
     images = jax.random.uniform(key, (options.images, 28, 28))
     labels = jax.random.randint(key, (options.images,), 0, 10)
     data = Data(images, labels, images[:1], labels[:1])
-    model, method, _ = build(Cell("", "propagated GRAPES", "BP", AUTHORS), "mnist")
+    model, method, _ = build(Cell("", PROPAGATED), "mnist")
     epoch = epoch_of(model, method, batch=AUTHORS.batch)
 
     def step(seeds: int):
-        keys = seed_keys(seeds, 1)
+        keys = seed_keys(range(seeds), 1)
         state = start(model, method, keys[:2], images[:1])
         return lambda: epoch(state, keys[2], data)[1]
 

@@ -14,16 +14,25 @@ from tqdm import tqdm
 from benchmarks.timing import markdown
 from examples import data
 from grapes_experiments import networks, training
+from grapes_experiments.variants import (
+    LOCAL,
+    PLAIN,
+    PROPAGATED,
+    Variant,
+    method,
+    with_controls,
+)
 
-THROUGH_TIME = "propagated, through time"
-VARIANTS = [
-    "plain",
-    "local GRAPES",
-    "local, mean factor",
-    "propagated GRAPES",
-    "propagated, mean factor",
-    THROUGH_TIME,
-]
+THROUGH_TIME = Variant("propagated", through_time=True)
+VARIANTS = {
+    variant.name: variant
+    for variant in (
+        PLAIN,
+        *with_controls(LOCAL, "mean"),
+        *with_controls(PROPAGATED, "mean"),
+        THROUGH_TIME,
+    )
+}
 Accuracies = Callable[..., np.ndarray]  # of a network and a variant, one for each seed
 
 
@@ -34,7 +43,7 @@ def by_unit(accuracies: Accuracies, options: argparse.Namespace) -> dict[str, li
         cell, recurrent = networks.SPIKING[name]
         columns[name] = []
         for variant in options.variants:
-            if variant == THROUGH_TIME and not recurrent:
+            if VARIANTS[variant] == THROUGH_TIME and not recurrent:
                 columns[name].append("")
                 continue
             last = accuracies(networks.Spiking(cell, recurrent), variant)
@@ -66,7 +75,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=20)
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     units = list(networks.SPIKING)
     parser.add_argument("--units", nargs="+", choices=units, default=units)
     parser.add_argument("--rates", type=float, nargs="+", default=[1.0, 6 / 20])
@@ -75,15 +84,15 @@ def main(arguments: list[str] | None = None) -> None:
     adam, sets = optax.adam(2e-3), data.load()
 
     def accuracies(network, variant, prepare=networks.spikes):
-        run = training.train(
+        accuracy = training.train(
             network,
-            training.method(adam, variant),
+            method(adam, VARIANTS[variant]),
             sets,
             seeds=options.seeds,
             epochs=options.epochs,
             prepare=prepare,
         )
-        return 100 * run.accuracy[-1]
+        return 100 * accuracy[-1]
 
     print(markdown(by_unit(accuracies, options)) + "\n")
     print(markdown(by_rate(accuracies, options)))

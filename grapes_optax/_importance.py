@@ -329,8 +329,8 @@ class Options(NamedTuple):
         if self.control in OF_UPDATES and not updates:
             raise ValueError(
                 f"control={self.control!r} makes the update of a layer as long as that of GRAPES,"
-                " and here is no update: use it in scale_by_grapes, grapes_sgd or grapes_rmsprop, or"
-                ' choose another control, "mean" for instance.'
+                " and here is no update: use it in scale_by_grapes, grapes_sgd or grapes_rmsprop,"
+                ' or choose another control, "mean" for instance.'
             )
         _check_gain(self.gain)
         return self._replace(bounds=_checked_bounds(self.bounds))
