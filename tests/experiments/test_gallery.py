@@ -69,7 +69,8 @@ def test_every_page_has_code_that_is_run():
         text = page.read_text()
         assert len(BLOCK.findall(text)) == text.count("\n```python\n") > 0, page.name
     for page in NOTEBOOKS:
-        assert len(CELL.findall(page.read_text())) == page.read_text().count("\n```{") > 1, page.name
+        text = page.read_text()
+        assert len(CELL.findall(text)) == text.count("\n```{") > 1, page.name
 
 
 def anchors(page):
