@@ -55,12 +55,12 @@ def test_blocks_are_of_a_kind_that_is_looked_at():
 @pytest.mark.slow
 @pytest.mark.usefixtures("promotion_of_frameworks")
 def test_spiking_networks(capsys):
-    few = ["--variants", "plain", spiking.THROUGH_TIME, "--rates", "1.0", "--layers", "1"]
+    few = ["--variants", "plain", spiking.THROUGH_TIME.name, "--rates", "1.0", "--layers", "1"]
     spiking.main(["--seeds=2", "--epochs=1", "--units", "SNU", "recurrent SNU", *few])
     units, rates = capsys.readouterr().out.split("\n\n")
-    found = re.findall(r"^\| (plain|propagated, through time) .* (\S+) ± ", units, re.M)
+    found = re.findall(r"^\| (plain|propagated GRAPES, through time) .* (\S+) ± ", units, re.M)
     assert all(10 < float(mean) < 100 for _, mean in found)
-    assert [name for name, _ in found] == ["plain", spiking.THROUGH_TIME]
+    assert [name for name, _ in found] == ["plain", spiking.THROUGH_TIME.name]
     assert len(rates.splitlines()) == 2 + 4
 
 

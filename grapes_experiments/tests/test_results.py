@@ -6,7 +6,19 @@ import pytest
 
 from grapes_experiments import figures, records
 from grapes_experiments import report as reports
-from grapes_experiments.statistics import FEWEST, YES, claims, comparisons
+from grapes_experiments.statistics import (
+    BEST,
+    BETTER,
+    EQUIVALENT,
+    FEWEST,
+    FINAL,
+    OPEN,
+    YES,
+    claims,
+    comparisons,
+    curve,
+)
+from grapes_experiments.variants import PLAIN, PROPAGATED
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
 FOLDERS = sorted(path.parent for path in RESULTS.glob(f"*/{records.NAME}"))
@@ -74,3 +86,28 @@ def test_page_quotes_the_reports():
     quoted = rows((RESULTS.parent / "does_it_help.md").read_text())
     assert quoted
     assert not quoted - reported
+
+
+def test_numbers_in_the_prose_of_the_page():
+    text = " ".join((RESULTS.parent / "does_it_help.md").read_text().split())
+    found = [c for folder in FOLDERS for c in comparisons(records.read(folder))]
+    outcomes = [
+        c.outcome
+        for c in found
+        if (c.kind, c.phase, c.metric, c.repeated) == ("reverse", BEST, FINAL, False)
+    ]
+    better, equal, unclear = map(outcomes.count, (BETTER, EQUIVALENT, OPEN))
+    assert better + equal + unclear == len(outcomes)
+    assert (
+        f"better than its reversal in {better} of {len(outcomes)} comparisons, equivalent in"
+        f" {equal}, and {unclear} are inconclusive" in text
+    )
+    by_variant = {
+        cell.variant: record
+        for cell, record in records.read(RESULTS / "length-mnist").report.items()
+    }
+    gain = 100 * (curve(by_variant[PROPAGATED]) - curve(by_variant[PLAIN])).mean(1)
+    assert (
+        f"{gain[1]:.2f} points ahead of plain training after the first epoch and"
+        f" {gain[-1]:.2f} points after the last" in text
+    )
