@@ -20,7 +20,8 @@ from grapes_experiments.variants import PLAIN
 
 # The choice of results above what is chosen.
 STYLE = """<style>
-.vega-embed { display: flex; flex-direction: column; width: 100%; font-family: sans-serif; }
+.vega-embed { display: flex; flex-direction: column; font-family: sans-serif; }
+.vega-embed { width: calc(100% - 60px); }
 form.vega-bindings { order: -1; margin-bottom: 1em; }
 form.vega-bindings select { max-width: 100%; font-size: 1em; }
 </style>"""
@@ -120,6 +121,7 @@ def chart(drawn: list[dict], compared: list[dict], commands: list[dict]) -> alt.
         orient="bottom",
         columns=2,
         labelLimit=260,
+        titleLimit=400,
         symbolType="square",
         symbolOpacity=1,
         title="Click to single out, shift and click for more",

@@ -821,6 +821,10 @@ def init_feedback(
       ...     print(jax.tree.map(jnp.shape, feedback))
       {'layers_0/kernel': (4, 8), 'layers_2/kernel': (8, 3)}
       {'layers_2/kernel': (8, 3)}
+
+    References:
+      Lillicrap et al., `Random synaptic feedback weights support error backpropagation for
+      deep learning <https://doi.org/10.1038/ncomms13276>`_, 2016
     """
     if not isinstance(forward, Transformed) or not forward.reads_feedback:
         raise TypeError(

@@ -101,6 +101,10 @@ def alignment(first: optax.Params, second: optax.Params) -> dict[str, Alignment]
       >>> result = alignment({"w": jnp.array([[2.0, 0.0]])}, {"w": jnp.array([[1.0, 1.0]])})
       >>> print("{:.1f} degrees, {:.3f}".format(*result["w"]))
       45.0 degrees, 1.414
+
+    References:
+      Lillicrap et al., `Random synaptic feedback weights support error backpropagation for
+      deep learning <https://doi.org/10.1038/ncomms13276>`_, 2016
     """
     others = {path_string(leaf.path): leaf.array for leaf in tree_leaves(second)}
     result = {}

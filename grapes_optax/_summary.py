@@ -127,6 +127,11 @@ def summary(
       Dense_0/bias       (3,)    bias        Dense_0/kernel              3 ...
       Dense_0/kernel     (2, 3)  kernel      Dense_0/kernel       2      3 ...
       LayerNorm_0/scale  (3,)    left alone
+
+    References:
+      Dellaferrera et al., `Introducing principles of synaptic integration in the
+      optimization of deep neural networks
+      <https://doi.org/10.1038/s41467-022-29491-2>`_, 2022
     """
     options = Options(gain, bounds, normalization, control).checked()
     cells = {}

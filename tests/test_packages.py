@@ -42,11 +42,12 @@ def test_sdist_holds_what_builds_and_tests_the_package(built):
     with tarfile.open(sdist) as archive:
         names = {name.split("/", 1)[1] for name in archive.getnames()}
     assert names >= {
-        *("LICENSE", "README.md", "CHANGELOG.md", "pyproject.toml", "noxfile.py", "Makefile"),
+        *("LICENSE", "README.md", "CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md"),
+        *("pyproject.toml", "noxfile.py", "Makefile"),
         *("grapes_optax/py.typed", "docs/scale.md", "benchmarks/results/compiled.json"),
         *("tests/conftest.py", "tests/adapters/authors_updates.npz", "docs/figures/digits.png"),
     }
-    folders = "grapes_optax", "tests", "examples", "benchmarks"
+    folders = "grapes_optax", "tests", "examples", "benchmarks", "grapes_experiments"
     sources = {path for folder in folders for path in ROOT.glob(f"{folder}/**/*.py")}
     assert names >= {path.relative_to(ROOT).as_posix() for path in sources}
     assert not {name for name in names if name.startswith("docs/results/")}
