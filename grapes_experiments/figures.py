@@ -263,7 +263,7 @@ def by_size(results: Results, field: str) -> Figure | None:
         axis.yaxis.set_minor_locator(NullLocator())
         axis.set_title(phases[phase])
     names = {"depth": "hidden layers", "width": "nodes of a hidden layer"}
-    title = "Mean difference to plain training (the zero line) and 95 % interval"
+    title = "Mean difference to plain training (the zero line), 95 % interval over the seeds"
     y = "final test accuracy,\ndifference (points)"
     return labelled(figure, axes, names[field], y, [PLAIN, *variants_of(drawn)], title)
 

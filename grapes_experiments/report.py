@@ -194,21 +194,19 @@ def values(results: Results) -> str:
 
 def steps(results: Results) -> str:
     """Length of the updates of each kernel, relative to GRAPES of the same form."""
-    rows = []
+    rows, kernels = [], lengths_of(results)
     for cells in panels(results.plan.cells).values():
         trained = {c.variant: chosen(results, c, COMMON) for c in cells}
         lengths = {v: mean_steps(t.record) for v, t in trained.items() if t and t.record.steps}
         for variant, of in lengths.items():
             base = lengths.get(LOCAL if variant.form in ("local", "plain") else PROPAGATED)
             if base and variant not in (LOCAL, PROPAGATED):
-                ratios = [f"{of[name] / base[name]:.3f}" for name in of]
+                ratios = [ratio(of[k], base[k]) if k in of else "" for k in kernels]
                 rows.append([cells[0].panel, variant.name, *ratios])
     if not rows:
         return ""
-    names = [name.removeprefix("params/").removesuffix("/kernel") for name in lengths_of(results)]
-    wide = max(map(len, rows))
-    headers = ["panel", "variant", *names][:wide]
-    headers += [""] * (wide - len(headers))
+    names = [name.removeprefix("params/").removesuffix("/kernel") for name in kernels]
+    headers = ["panel", "variant", *names]
     note = (
         "Mean length of the update of each kernel over the whole run at the common rate, divided by"
         " that of GRAPES: of the local form for plain training and the local controls, of the"
@@ -217,12 +215,20 @@ def steps(results: Results) -> str:
     return f"## Length of the steps\n\n{note}\n\n{table(rows, headers)}"
 
 
+def ratio(length: float, base: float) -> str:
+    return f"{length / base:.3f}" if np.isfinite(length / base) else "diverged"
+
+
 def lengths_of(results: Results) -> list[str]:
-    return list(dict.fromkeys(n for record in results.report.values() for n in record.steps))
+    """From the input to the output."""
+    names = {name for record in results.report.values() for name in record.steps}
+    return sorted(names, key=lambda name: ("output" in name, name))
 
 
 def mean_steps(record: Record) -> dict[str, float]:
-    return {name: float(np.nanmean(of[1:, 0])) for name, of in record.steps.items()}
+    """Over the epochs in which a seed at least was finite."""
+    lengths = {name: of[np.isfinite(of[:, 0]), 0] for name, of in record.steps.items()}
+    return {name: float(of.mean()) if len(of) else np.nan for name, of in lengths.items()}
 
 
 def factor_table(results: Results) -> str:

@@ -27,9 +27,10 @@ from tqdm import tqdm
 
 from examples.data import SETS, Data
 from grapes_experiments import records
-from grapes_experiments.cells import Cell
+from grapes_experiments.cells import AUTHORS, Cell
 from grapes_experiments.experiments import Plan
 from grapes_experiments.units import Lanes, Runner, Unit, units_of
+from grapes_experiments.variants import PLAIN
 
 
 def commit() -> str:
@@ -173,22 +174,28 @@ class Folder:
         return 1 + epochs[-1]["epoch"] if epochs else 0
 
     def tuned(self, cell: int) -> records.Record:
-        """What chose the learning rate of a cell so far."""
+        """What chose the learning rate of a cell so far: of all units that are whole."""
         plan, classes = self.plan, SETS[self.plan.dataset].classes
         return records.joined(
             [
                 records.record(plan.cells[cell], unit, epochs, classes)
                 for (of, phase, _), (unit, epochs) in self.units.items()
                 if (of, phase) == (cell, records.TUNING)
+                and epochs
+                and epochs[-1]["epoch"] == unit["epochs"]
             ]
         )
 
 
+DEFAULTS = vars(AUTHORS) | vars(PLAIN)
+
+
 def differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
-    """What another configuration has, and this one: "seeds: 2 -> 3"."""
+    """What another configuration has, and this one: "seeds: 2 → 3"."""
     texts = []
     for key in {**wanted, **found}:
-        before, after = found.get(key), wanted.get(key)
+        # The file leaves out what is as by default.
+        before, after = ({**DEFAULTS, **plan}.get(key) for plan in (found, wanted))
         if isinstance(before, dict) and isinstance(after, dict):
             texts += differences(before, after)
         elif key == "cells" and isinstance(before, list) and isinstance(after, list):

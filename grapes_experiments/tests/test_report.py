@@ -200,6 +200,27 @@ def test_nothing_is_trained_yet(tmp_path):
     assert "Nothing is trained yet." in text
 
 
+def test_steps_of_networks_of_several_depths_are_under_their_layers(tmp_path):
+    folder = write(tmp_path, small("depth", tuned=False), usual)
+    lines = records.lines_of(folder / records.NAME)
+    wanted, depth = records.read(folder).plan, 0
+    for line in lines:
+        if line["kind"] == "unit":
+            depth = wanted.cells[line["cell"]].setup.depth
+        if "steps" in line:
+            (lengths,) = line["steps"].values()
+            layers = [*(f"Dense_{n}" for n in range(depth)), "output"]
+            line["steps"] = {
+                f"params/{layer}/kernel": [x * (1 if x == 1.5 else 1 + n) for x in lengths]
+                for n, layer in enumerate(layers)
+            }
+    (folder / records.NAME).write_text("".join(map(records.compact, lines)))
+    table = section(text_of(folder), "Length of the steps")
+    assert row(table, "panel")[2:] == [*(f"Dense_{n}" for n in range(8)), "output"]
+    assert row(table, "depth 1", "plain")[2:] == ["0.667", *[""] * 7, "1.333"]
+    assert row(table, "depth 2", "plain")[2:] == ["0.667", "1.333", *[""] * 6, "2.000"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_has_its_report_and_small_pictures(name, tmp_path):

@@ -357,8 +357,8 @@ def test_changes_of_trained_networks(name):
 
 @pytest.mark.slow
 def test_run_goes_on_from_trained_networks(data, tmp_path):
-    setup = dataclasses.replace(NARROW, before="pruned 80 %")
-    scale = Scale(2, 1, 0, before=6)
+    setup = dataclasses.replace(AUTHORS, width=64, before="pruned 80 %")
+    scale = Scale(2, 1, 0, before=30)
     found = results(small(Cell("", PLAIN, "BP", setup), scale=scale, grid=()), data, tmp_path)
     (record,) = found.report.values()
     assert record.accuracy[0].mean() > 0.3  # before the run, where 0.1 is chance
@@ -650,7 +650,7 @@ def test_what_differs_is_told():
     assert runner.differences(one, one) == []
     assert runner.differences(one, other) == ["seeds: 2 → 3"]
     slow = records.as_json(plan("accuracy", "smoke", seeds=2, rate=0.5, first_seed=3))
-    assert runner.differences(one, slow) == ["rate: none → 0.5", "first_seed: 0 → 3"]
+    assert runner.differences(one, slow) == ["rate: 0.1 → 0.5", "first_seed: 0 → 3"]
     few = records.as_json(plan("accuracy", "smoke", choice=Choice(rules=["BP"]), seeds=2))
     assert runner.differences(one, few) == ["cells: 11 → 5"]
 
