@@ -66,7 +66,10 @@ def data() -> Data:
 BRIEF = Scale(seeds=2, epochs=3, tuning_seeds=2)
 
 
-def small(*cells: Cell, scale: Scale = BRIEF, tasks: int = 1, grid=(1.0, 4.0)):
+INSIDE = 0.01, 1.0, 100.0  # of these, the middle one is the best
+
+
+def small(*cells: Cell, scale: Scale = BRIEF, tasks: int = 1, grid=INSIDE):
     wanted = plan("accuracy", "smoke")
     return wanted._replace(cells=list(cells), scale=scale, tasks=tasks, grid=list(grid))
 
@@ -489,11 +492,22 @@ class StopError(Exception):
     pass
 
 
+FEEDBACK = dataclasses.replace(CELL, variant=PROPAGATED, rule="FA")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("save_every", [0.0, 1e9], ids=["with checkpoints", "without"])
-def test_resumed_run_ends_with_the_same_numbers(save_every, data, tmp_path, monkeypatch):
-    cells = [CELL, dataclasses.replace(CELL, variant=PROPAGATED, rule="FA")]
-    wanted = small(*cells, tasks=2)
+@pytest.mark.parametrize(
+    ("save_every", "cells", "grid"),
+    [
+        (0.0, [FEEDBACK], (1.0, 4.0)),  # which is extended
+        (1e9, [CELL, FEEDBACK], INSIDE),
+    ],
+    ids=["with checkpoints", "without"],
+)
+def test_resumed_run_ends_with_the_same_numbers(
+    save_every, cells, grid, data, tmp_path, monkeypatch
+):
+    wanted = small(*cells, tasks=2, grid=grid)
     run(wanted, data, tmp_path / "whole")
     expected, out = numbers(tmp_path / "whole"), tmp_path / "stopped"
     add, written = runner.Folder.add, []
@@ -588,7 +602,8 @@ def test_diverged_seeds_are_marked_and_the_rest_goes_on(data, tmp_path):
     assert (found.report[wild].accuracy[-1] == 0.1).all()  # chance
     assert not found.report[CELL].diverged.any()
     assert "NaN" not in (tmp_path / records.NAME).read_text()
-    mixed = results(small(CELL, grid=(0.5, 1.0, 1e21)), data, tmp_path / "mixed")
+    wanted = small(CELL, scale=Scale(2, 12, 2), grid=(0.5, 1.0, 1e21))
+    mixed = results(wanted, data, tmp_path / "mixed")
     assert mixed.tuning[CELL].diverged.tolist() == [[False] * 2, [False] * 2, [True] * 2]
     assert records.choice(mixed.tuning[CELL]).rate < 1
 
