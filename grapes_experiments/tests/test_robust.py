@@ -319,9 +319,10 @@ def test_full_and_read_only_disk(undisturbed, tmp_path):
     mount = f"mount -t tmpfs -o size=1m tmpfs {tmp_path}"
     if subprocess.run([*alone, mount], capture_output=True).returncode:
         pytest.skip("no file system may be mounted here")
-    code = f"import test_robust as test; test.on_a_disk({str(tmp_path)!r})"
+    code = "from grapes_experiments.tests.test_robust import on_a_disk;"
+    code += f" on_a_disk({str(tmp_path)!r})"
     command = [*alone, f'{mount} && exec "$@"', "sh", sys.executable, "-c", code]
-    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    path = os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])
     environment = os.environ | {"PYTHONPATH": path}
     ran = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert ran.returncode == 0, ran.stderr
