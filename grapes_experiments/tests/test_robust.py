@@ -173,7 +173,15 @@ def test_report_that_cannot_be_written(code, tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == [records.NAME]
 
 
-def test_interruption_waits_for_the_end_of_a_save(tmp_path, monkeypatch):
+@pytest.fixture
+def interruptible():
+    """Whoever runs the tests in the background of a shell has them ignore SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_interruption_waits_for_the_end_of_a_save(tmp_path, monkeypatch, interruptible):
     """Also one that Orbax itself would meet: its own threads would wait for each other."""
     save, state = ocp.CheckpointManager.save, {"x": np.arange(3)}
 
@@ -205,6 +213,7 @@ def first_cell(*arguments, **options):
 
 def train(out, said=os.devnull):
     """The command, of one cell."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # as in `interruptible`
     paper.plan = first_cell  # of this process
     os.dup2(os.open(said, os.O_CREAT | os.O_WRONLY), 2)
     paper.main([*SMALL, f"--out={out}"])
