@@ -82,6 +82,9 @@ def step(
     Returns:
       The carry and the output of the step.
 
+    Raises:
+      ValueError: for a bias that does not broadcast to the units.
+
     Examples:
       >>> import jax
       >>> import jax.numpy as jnp

@@ -82,6 +82,7 @@ def test_every_public_name_is_documented(name):
         section = text.partition("Args:")[2]
         assert all(f"{argument}:" in section for argument in arguments(thing)), "Args"
         assert "Returns:" in text
+        assert "Raises:" in text
         assert "http" in text.partition("References:")[2], "no source"
 
 
