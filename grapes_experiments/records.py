@@ -179,13 +179,12 @@ def record(cell: Cell, unit: dict[str, Any], epochs: list[dict[str, Any]], class
 def joined(records: Sequence[Record]) -> Record:
     """The records of one cell at different rates, in order of these."""
     of_rate = sorted((r.at(rate) for r in records for rate in r.rates), key=lambda r: r.rates)
-    first = of_rate[0]
-    return first._replace(
+    return records[0]._replace(
         rates=tuple(r.rates[0] for r in of_rate),
         accuracy=np.concatenate([r.accuracy for r in of_rate], 1),
         diverged=np.concatenate([r.diverged for r in of_rate]),
         loss=np.concatenate([r.loss for r in of_rate], 1),
-        steps={n: np.concatenate([r.steps[n] for r in of_rate], 1) for n in first.steps},
+        steps={n: np.concatenate([r.steps[n] for r in of_rate], 1) for n in records[0].steps},
     )
 
 
@@ -210,8 +209,8 @@ def read(folder: Path) -> Results:
             cell = plan.cells[unit["cell"]]
             made = record(cell, unit, epochs, classes)
             found[unit["phase"]].setdefault(cell, []).append(made)
-    tuning = {cell: joined(records) for cell, records in found[TUNING].items()}
-    return Results(plan, runs, tuning, {c: r for c, (r,) in found[REPORT].items()})
+    by_cell = ({cell: joined(of) for cell, of in found[phase].items()} for phase in found)
+    return Results(plan, runs, *by_cell)
 
 
 # The choice of a learning rate.
@@ -251,15 +250,26 @@ def candidates(found: Choice) -> list[float]:
 MOST_RATES = 17
 
 
-def further(tuned: Record) -> tuple[float, ...]:
-    """Two more rates on the side where the best lies on the edge; none where it lies inside."""
+def covers(tuned: Record, rate: float) -> bool:
+    """Whether a rate is within those that were tried, but for rounding."""
+    return 0.999 * tuned.rates[0] < rate < 1.001 * tuned.rates[-1]
+
+
+def further(tuned: Record, others: Sequence[float] = ()) -> tuple[float, ...]:
+    """Two more rates on the side where the best lies on the edge; none where it lies inside.
+
+    And on the side where the best of another variant lies that was not tried: a search over rates
+    finds the next peak, so variants that are compared are searched over the same peaks.
+    """
     found = choice(tuned)
-    if found.inside or len(tuned.rates) >= MOST_RATES:
+    missed = [rate for rate in others if not covers(tuned, rate)]
+    wanted = missed if found.inside else [found.rate, *missed]
+    if not wanted or len(tuned.rates) >= MOST_RATES:
         return ()
-    ratio = tuned.rates[1] / tuned.rates[0]
-    if found.rate == tuned.rates[0]:
-        return (found.rate / ratio**2, found.rate / ratio)
-    return (found.rate * ratio, found.rate * ratio**2)
+    ratio, low, high = tuned.rates[1] / tuned.rates[0], tuned.rates[0], tuned.rates[-1]
+    if min(wanted) <= low:
+        return (low / ratio**2, low / ratio)
+    return (high * ratio, high * ratio**2)
 
 
 # What is committed.

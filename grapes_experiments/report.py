@@ -16,6 +16,7 @@ from grapes_experiments.cells import AUTHORS, Cell, Setup
 from grapes_experiments.experiments import EXPERIMENTS
 from grapes_experiments.records import Record, Results, choice
 from grapes_experiments.statistics import (
+    APART,
     BEST,
     BETTER,
     COMMON,
@@ -126,10 +127,11 @@ def tuning(results: Results) -> str:
         return "not tuned: all are compared at the common rate alone"
     edge = at_the_edge(results)
     return (
-        f"the common rate times {listed(plan.grid)}, and two more at a time where the best lies on"
-        " the edge. The best is the one with the highest accuracy at the end, on a sixth of the"
-        f" training set that is held out, over {several(scale.tuning_seeds, 'seed')} that the"
-        " report does not use, after as many epochs. It lies on the edge for"
+        f"the common rate times {listed(plan.grid)}, and two more at a time where the best of"
+        " this variant lies on the edge, or that of another beyond it. The best is the one with the"
+        " highest accuracy at the end, on a sixth of the training set that is held out, over"
+        f" {several(scale.tuning_seeds, 'seed')} that the report does not use, after as many"
+        " epochs. It lies on the edge for"
         f" {len(edge)} of {len(results.tuning)}" + f": {'; '.join(edge)}" * bool(edge)
     )
 
@@ -380,8 +382,8 @@ def outcomes(results: Results, found: list[Comparison]) -> str:
         " *Inconclusive*: neither. *Detectable* is the difference that would have been seen with a"
         " probability of 80 %. At own best rates the variance of the choice of the rates is added,"
         " over the rates that resamples of the tuning seeds choose; where a best rate lies on the"
-        " edge of those tried there is no outcome. No correction for the number of rows but in the"
-        " primary ones."
+        " edge of those tried, or beyond those tried for the other, there is no outcome. No"
+        " correction for the number of rows but in the primary ones."
     )
     parts = [comparison_table(results, m, found) for m in metrics_of(results)]
     parts += ["### How often", "Numbers that are those of the common rate again count once."]
@@ -477,6 +479,7 @@ SIGNS = {
     OPEN: "?",
     DIVERGED: "×",
     EDGE: "–",
+    APART: "–",
     FEW: "–",
 }
 
@@ -594,8 +597,9 @@ def index(reports: dict[str, Report], folder: Path) -> str:
             "Claims by data sets. Of each form of GRAPES the outcome against plain training and"
             " against the strongest control, the one against which it does worst: first at the"
             " common learning rate, then, after the stroke, each at its own best one. ▲ better,"
-            " = equivalent, ▼ worse, ? inconclusive, × both diverged, – no outcome (rates on the"
-            " edge of those tried, or too few seeds). An empty field was not run."
+            " = equivalent, ▼ worse, ? inconclusive, × both diverged, – no outcome (best rates on"
+            " the edge of those tried or not tried for both, or too few seeds). An empty field was"
+            " not run."
         )
         parts += [note, questions]
     if found := effects(reports):

@@ -15,7 +15,6 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
-from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ from examples.data import SETS, Data
 from grapes_experiments import records
 from grapes_experiments.cells import AUTHORS, Cell
 from grapes_experiments.experiments import Plan
-from grapes_experiments.units import Lanes, Runner, Unit, units_of
+from grapes_experiments.units import Lanes, Runner, Unit, next_unit
 from grapes_experiments.variants import PLAIN
 
 
@@ -173,18 +172,35 @@ class Folder:
         _, epochs = self.units.get((unit.cell, unit.phase, unit.rates), (None, []))
         return 1 + epochs[-1]["epoch"] if epochs else 0
 
-    def tuned(self, cell: int) -> records.Record:
-        """What chose the learning rate of a cell so far: of all units that are whole."""
-        plan, classes = self.plan, SETS[self.plan.dataset].classes
-        return records.joined(
-            [
-                records.record(plan.cells[cell], unit, epochs, classes)
-                for (of, phase, _), (unit, epochs) in self.units.items()
-                if (of, phase) == (cell, records.TUNING)
-                and epochs
-                and epochs[-1]["epoch"] == unit["epochs"]
-            ]
+    def whole(self, phase: str) -> dict[int, records.Record]:
+        """What every cell was trained for in this phase, of all units that are whole."""
+        found: dict[int, list[records.Record]] = {}
+        for (cell, of, _), (unit, epochs) in self.units.items():
+            if of == phase and epochs and epochs[-1]["epoch"] == unit["epochs"]:
+                of_cell, classes = self.plan.cells[cell], SETS[self.plan.dataset].classes
+                found.setdefault(cell, []).append(records.record(of_cell, unit, epochs, classes))
+        return {cell: records.joined(of) for cell, of in found.items()}
+
+    def todo(self) -> list[Unit]:
+        """The next unit of every cell that is not complete; first the one that was begun."""
+        tuned, reported = self.whole(records.TUNING), self.whole(records.REPORT)
+        rates = {cell: record.rates for cell, record in reported.items()}
+        units = (
+            next_unit(self.plan, cell, tuned, rates.get(cell, ()))
+            for cell in range(len(self.plan.cells))
         )
+        return sorted(filter(None, units), key=lambda unit: not self.next_epoch(unit))
+
+    def left(self, todo: list[Unit]) -> int:
+        """About how many epochs of how many seeds are to be trained."""
+        plan, scale = self.plan, self.plan.scale
+        of_cell = scale.seeds * (1 + bool(plan.grid)) + scale.tuning_seeds * len(plan.grid)
+        left = dict.fromkeys((unit.cell for unit in todo), of_cell * scale.epochs * plan.tasks)
+        for (cell, *_), (unit, epochs) in self.units.items():
+            if cell in left:
+                trained = len(unit["rates"]) * len(unit["seeds"]) * max(len(epochs) - 1, 0)
+                left[cell] -= trained
+        return sum(max(left[unit.cell], unit.lanes * unit.epochs) for unit in todo)
 
 
 DEFAULTS = vars(AUTHORS) | vars(PLAIN)
@@ -227,28 +243,22 @@ def run(
     The state is saved every so many seconds. `source` are the images that networks are
     trained on before they are transferred to those of the plan.
     """
-    scale, trained = plan.scale, False
-    of_cell = scale.seeds * (1 + bool(plan.grid)) + scale.tuning_seeds * len(plan.grid)
-    of_cell *= scale.epochs * plan.tasks
-    total = of_cell * len(plan.cells)
-    with Folder(out, plan) as folder, tqdm(total=total, unit="seed-epoch") as progress:
+    trained = False
+    with Folder(out, plan) as folder, tqdm(unit="seed-epoch") as progress:
         line = {"command": command, **surroundings(), "plan": records.as_json(plan)}
         folder.add({"kind": "run", **line})
-        for index, cell in enumerate(plan.cells):
+        runner = None
+        while todo := folder.todo():
+            unit, trained = todo[0], True
+            cell = plan.cells[unit.cell]
+            if not runner or runner.cell != cell:
+                runner = Runner(plan, unit.cell, data, source)
+            done = folder.next_epoch(unit)
             progress.set_description(f"{cell.panel}, {cell.name}")
-            runner, left = Runner(plan, index, data, source), of_cell
-            for unit in units_of(plan, index, partial(folder.tuned, index)):
-                left -= unit.lanes * unit.epochs
-                done = folder.next_epoch(unit)
-                progress.total -= unit.lanes * max(done - 1, 0)
-                if done <= unit.epochs:
-                    trained = True
-                    show = events(out, unit, cell) if tensorboard else contextlib.nullcontext()
-                    lanes = Lanes(runner, unit)
-                    for epoch in resumed(folder, lanes, done, save_every, show):
-                        progress.update(unit.lanes * ("loss" in epoch))
-            progress.total -= left  # more rates than the grid, or fewer candidates
-            progress.refresh()
+            progress.total = progress.n + folder.left(todo)
+            show = events(out, unit, cell) if tensorboard else contextlib.nullcontext()
+            for epoch in resumed(folder, Lanes(runner, unit), done, save_every, show):
+                progress.update(unit.lanes * ("loss" in epoch))
     return trained
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from scipy import optimize, stats
 
 from grapes_experiments.cells import Cell
-from grapes_experiments.records import KEPT, Choice, Record, Results, candidates, choice
+from grapes_experiments.records import KEPT, Choice, Record, Results, candidates, choice, covers
 from grapes_experiments.variants import CONTROLS, PLAIN, RATE, Variant
 
 # Estimates.
@@ -190,8 +190,9 @@ def margin(metric: Metric, dataset: str, control: np.ndarray) -> float:
 
 COMMON, BEST = "common rate", "own best rates"
 BETTER, WORSE, EQUIVALENT, OPEN = "better", "worse", "equivalent", "inconclusive"
-IDENTICAL, DIVERGED, EDGE, FEW = "identical", "both diverged", "edge of the rates", "too few seeds"
-OUTCOMES = BETTER, EQUIVALENT, WORSE, OPEN, IDENTICAL, DIVERGED, EDGE, FEW
+IDENTICAL, DIVERGED, FEW = "identical", "both diverged", "too few seeds"
+EDGE, APART = "edge of the rates", "best rate not tried for both"
+OUTCOMES = BETTER, EQUIVALENT, WORSE, OPEN, IDENTICAL, DIVERGED, EDGE, APART, FEW
 
 
 class Comparison(NamedTuple):
@@ -285,8 +286,12 @@ def compared(
         rates = [(of.choice, of.record.cell.setup.rate) for of in (one, other)]
         only = all(c and candidates(c) == [rate] for c, rate in rates)
         facts = facts._replace(repeated=only)
-        if not all(t.choice and t.choice.inside for t in (one, other)):
+        found = [t.choice for t in (other, one) if t.choice and t.choice.inside]
+        if len(found) < 2:
             return facts._replace(outcome=EDGE)
+        tried = [results.tuning[of] for of in (cell, control)]
+        if not all(covers(t, c.rate) for t, c in zip(tried, found, strict=True)):
+            return facts._replace(outcome=APART)
     if min(diverged) == seeds:
         return facts
     values = one.values(metric), other.values(metric)

@@ -1,7 +1,7 @@
 """One unit: a cell at some learning rates on some seeds, trained at once, epoch by epoch."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Collection, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -44,17 +44,27 @@ class Unit(NamedTuple):
         return len(self.rates) * len(self.seeds)
 
 
-def units_of(plan: Plan, cell: int, tuned: Callable[[], Record]) -> Iterator[Unit]:
-    """What a cell is trained for, in order: each depends on what those before it found."""
-    scale, rate = plan.scale, plan.cells[cell].setup.rate
-    epochs, rates = scale.epochs * plan.tasks, tuple(rate * factor for factor in plan.grid)
-    seeds = tuple(range(TUNING_SEEDS, TUNING_SEEDS + scale.tuning_seeds))
-    while rates:
-        yield Unit(cell, TUNING, rates, seeds, epochs)
-        rates = further(tuned())
-    others = [r for r in candidates(choice(tuned())) if r != rate] if plan.grid else []
+def next_unit(
+    plan: Plan, cell: int, tuned: Mapping[int, Record], reported: Collection[float]
+) -> Unit | None:
+    """What a cell is to be trained for next, by what chose the rates of all cells so far.
+
+    `reported` are the rates at which the cell itself is trained for the report.
+    """
+    scale, rate, panel = plan.scale, plan.cells[cell].setup.rate, plan.cells[cell].panel
+    epochs, wanted = scale.epochs * plan.tasks, [rate]
+    if plan.grid:
+        rates = tuple(rate * factor for factor in plan.grid)
+        if cell in tuned:
+            others = [choice(r).rate for r in tuned.values() if r.cell.panel == panel]
+            rates = further(tuned[cell], others)
+            wanted += [r for r in candidates(choice(tuned[cell])) if r != rate]
+        if rates:
+            seeds = tuple(range(TUNING_SEEDS, TUNING_SEEDS + scale.tuning_seeds))
+            return Unit(cell, TUNING, rates, seeds, epochs)
+    missing = tuple(r for r in wanted if r not in reported)
     seeds = tuple(range(plan.first_seed, plan.first_seed + scale.seeds))
-    yield Unit(cell, REPORT, (rate, *others), seeds, epochs)
+    return Unit(cell, REPORT, missing, seeds, epochs) if missing else None
 
 
 # Data.

@@ -1,5 +1,6 @@
 """The suite of the paper's experiments: what it trains, that it resumes, what it refuses."""
 
+import contextlib
 import dataclasses
 import errno
 import json
@@ -37,7 +38,15 @@ from grapes_experiments.experiments import EXPERIMENTS, PRESETS, SAME_RUN, Choic
 from grapes_experiments.networks import MLP, spikes
 from grapes_experiments.records import REPORT, TUNING, Record
 from grapes_experiments.run import run
-from grapes_experiments.units import TUNING_SEEDS, Lanes, Runner, Unit, held_out, permuted
+from grapes_experiments.units import (
+    TUNING_SEEDS,
+    Lanes,
+    Runner,
+    Unit,
+    held_out,
+    next_unit,
+    permuted,
+)
 from grapes_experiments.variants import (
     CONTROLS,
     CONTROLS_OF,
@@ -143,7 +152,6 @@ def test_rates_are_chosen_by_other_seeds_on_held_out_images(data, tmp_path):
     chosen = records.choice(tuned)
     assert scores[tuned.rates.index(chosen.rate)] == scores.max()
     assert set(report.rates) == {CELL.setup.rate, *records.candidates(chosen)}
-    assert report.rates[0] == CELL.setup.rate
     units = [line for line in numbers(tmp_path) if line["kind"] == "unit"]
     assert [unit["images"] for unit in units[-2:]] == [54, 320]
     assert units[0]["epochs"] == units[-1]["epochs"]  # the whole horizon
@@ -173,9 +181,54 @@ def test_grid_is_extended_until_the_best_lies_inside():
     assert records.further(tuned({0.1: [0.5], 0.2: [0.9], 0.4: [0.1]})) == ()
     assert records.further(tuned({0.1: [0.5], 0.2: [0.6], 0.4: [0.7]})) == (0.8, 1.6)
     assert records.further(tuned({0.1: [0.8], 0.4: [0.6]})) == pytest.approx((0.00625, 0.025))
+    inside = tuned({0.1: [0.5], 0.2: [0.9], 0.4: [0.1]})
+    assert records.further(inside, [0.1, 0.4]) == ()
+    assert records.further(inside, [0.1, 0.8]) == pytest.approx((0.8, 1.6))
+    assert records.further(inside, [0.02, 0.8]) == pytest.approx((0.025, 0.05))
     endless = {2.0**-k: [float(k)] for k in reversed(range(records.MOST_RATES))}
     assert records.further(tuned(endless)) == ()
     assert not records.choice(tuned(endless)).inside
+
+
+def test_variants_of_a_panel_are_tried_at_the_same_rates():
+    """All at what one found best, in order; what was tried or reported is not trained again."""
+    other = dataclasses.replace(CELL, variant=PROPAGATED)
+    apart = dataclasses.replace(other, panel="FA")
+    wanted = small(CELL, other, apart, grid=(0.5, 1.0, 2.0))
+    rates = tuple(CELL.setup.rate * factor for factor in wanted.grid)
+    inside = dict(zip(rates, ([0.5], [0.9], [0.1]), strict=True))
+    low = {rate / 16: scores for rate, scores in inside.items()} | dict.fromkeys(rates, [0.1])
+    tuned_at = {0: tuned(inside)._replace(cell=CELL), 1: tuned(low)._replace(cell=other)}
+    assert next_unit(wanted, 2, tuned_at, ())[1:3] == (TUNING, rates)
+    tuned_at[2] = tuned(inside)._replace(cell=apart)
+    phase, at = next_unit(wanted, 0, tuned_at, ())[1:3]
+    assert (phase, at) == (TUNING, pytest.approx((rates[0] / 4, rates[0] / 2)))
+    for cell, reported in (1, (0.1, *candidates(tuned_at[1]))), (2, (0.1,)):
+        assert next_unit(wanted, cell, tuned_at, reported) is None
+    assert next_unit(wanted, 2, tuned_at, ())[1:3] == (REPORT, (0.1,))
+    tuned_at[0] = tuned(low)._replace(cell=CELL)
+    phase, at = next_unit(wanted, 0, tuned_at, (0.1,))[1:3]
+    assert (phase, at) == (REPORT, tuple(candidates(tuned_at[1])))
+
+
+def candidates(found):
+    return records.candidates(records.choice(found))
+
+
+def test_report_at_rates_that_were_found_later(data, tmp_path):
+    """Both units of the report are one record, at the common rate as before."""
+    wanted = small(CELL)
+    before = results(wanted, data, tmp_path).report[CELL]
+    unit = Unit(0, REPORT, (0.05,), before.seeds, wanted.scale.epochs)
+    with runner.Folder(tmp_path, wanted) as folder:
+        lanes = Lanes(Runner(wanted, 0, data), unit)
+        for _ in runner.resumed(folder, lanes, 0, 0.0, contextlib.nullcontext()):
+            pass
+        assert not folder.todo()
+    after = records.read(tmp_path).report[CELL]
+    assert set(after.rates) == {0.05, *before.rates}
+    np.testing.assert_array_equal(after.at(0.1).accuracy, before.at(0.1).accuracy)
+    assert not run(wanted, data, tmp_path)
 
 
 def test_extended_grid_is_trained(data, tmp_path):

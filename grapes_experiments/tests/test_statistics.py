@@ -187,6 +187,14 @@ def test_rates_on_the_edge_have_no_outcome():
     assert one(found, phase=st.COMMON).estimate
 
 
+def test_rates_not_tried_for_both_have_no_outcome():
+    low = {0.0125: [0.2] * 5, 0.025: [0.9] * 5, 0.05: [0.2] * 5, 0.1: [0.3] * 5}
+    report = {0.1: draws(), 0.025: draws()}
+    found = st.comparisons(two({0.1: draws()}, report, SURE, low))
+    c = one(found, phase=st.BEST)
+    assert (c.outcome, c.estimate) == (st.APART, None)
+
+
 def test_numbers_that_are_the_same_count_once():
     found = st.comparisons(two({0.1: draws()}, {0.1: draws()}, SURE, SURE))
     assert [c.repeated for c in found] == [False, True]
