@@ -29,6 +29,7 @@ source_suffix = {".md": "myst-nb"}
 html_theme = "furo"
 html_title = f"grapes_optax {version}"
 html_static_path = ["_static"]
+html_favicon = "_static/icon.svg"
 html_css_files = ["site.css"]
 html_theme_options = {
     "light_css_variables": {"color-brand-primary": "#0072b2", "color-brand-content": "#0072b2"},
@@ -36,7 +37,7 @@ html_theme_options = {
 }
 templates_path = []
 
-myst_enable_extensions = ["colon_fence", "dollarmath"]
+myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
 nb_execution_mode = "cache"
 nb_execution_timeout = 300
@@ -52,8 +53,6 @@ python_maximum_signature_line_length = 80
 
 suppress_warnings = [
     "mystnb.unknown_mime_type",
-    # Files of the repository that are no pages: examples, commands.
-    "myst.xref_missing",
 ]
 
 

@@ -49,8 +49,6 @@ def opened(browser, address, page, size="desktop"):
     view, faults = browser.new_page(viewport={"width": width, "height": height}), []
     view.on("pageerror", lambda error: faults.append(str(error)))
     view.on("console", lambda m: faults.append(m.text) if m.type == "error" else None)
-    # The browser asks for an icon of its own accord, and complains that there is none.
-    view.route("**/favicon.ico", lambda route: route.fulfill(status=204))
     view.on("requestfailed", lambda request: faults.append(request.url))
 
     def look(response):
