@@ -1,5 +1,6 @@
 """Draws the committed results as one page to explore, which needs no other host."""
 
+import warnings
 from pathlib import Path
 
 import altair as alt
@@ -98,7 +99,10 @@ def write(folder: Path, page: Path) -> None:
         for shown in dict.fromkeys(row["shown"] for row in drawn)
     ]
     page.parent.mkdir(parents=True, exist_ok=True)
-    html = chart(drawn, compared, commands).to_html(inline=True, embed_options={"actions": False})
+    with warnings.catch_warnings():  # parameters of the whole are told to each of its parts
+        warnings.filterwarnings("ignore", "Automatically deduplicated selection parameter")
+        whole = chart(drawn, compared, commands)
+        html = whole.to_html(inline=True, embed_options={"actions": False})
     page.write_text(html.replace("</head>", f"{STYLE}</head>"))
 
 
