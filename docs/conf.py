@@ -9,6 +9,10 @@ sys.path.insert(0, str(ROOT))
 # The kernels of the notebooks are processes of their own.
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
 
+import jax  # noqa: E402
+import optax  # noqa: E402
+from sphinx.util.typing import stringify_annotation  # noqa: E402
+
 import grapes_optax  # noqa: E402
 
 project = "grapes_optax"
@@ -60,8 +64,14 @@ def setup(app) -> None:
     """Links to files that are no pages lead to the repository; the explorer is drawn anew."""
     app.connect("builder-inited", explorer)
     app.connect("source-read", to_the_repository)
+    app.connect("autodoc-process-signature", with_aliases)
 
 
+ALIASES = {  # the widest first
+    "WeightDimNumOrFn": grapes_optax.WeightDimNumOrFn,
+    "Params": optax.Params,
+    "ArrayLike": jax.typing.ArrayLike,
+}
 REPOSITORY = "https://github.com/grapes-optax/grapes-optax/blob/main/"
 OUTSIDE = ("examples/", "benchmarks/", "tests/", "grapes_optax/", "LICENSE")
 
@@ -71,6 +81,14 @@ def to_the_repository(app, name: str, source: list[str]) -> None:
 
     for folder in OUTSIDE:
         source[0] = re.sub(rf"\]\((?:\.\./)+{folder}", f"]({REPOSITORY}{folder}", source[0])
+
+
+def with_aliases(app, what, name, thing, options, signature, returns):
+    """Unions under the names that they have in the code."""
+    for alias, types in ALIASES.items():
+        text = stringify_annotation(types, "smart")
+        signature, returns = (s and s.replace(text, alias) for s in (signature, returns))
+    return signature, returns
 
 
 def explorer(app) -> None:

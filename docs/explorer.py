@@ -1,5 +1,6 @@
 """Draws the committed results as one page to explore, which needs no other host."""
 
+import textwrap
 import warnings
 from pathlib import Path
 
@@ -21,8 +22,8 @@ from grapes_experiments.variants import PLAIN
 
 # The choice of results above what is chosen.
 STYLE = """<style>
+body { margin: 0 70px 0 8px; }  /* plots are as wide as the page: room for their axes */
 .vega-embed { display: flex; flex-direction: column; font-family: sans-serif; }
-.vega-embed { width: calc(100% - 60px); }
 form.vega-bindings { order: -1; margin-bottom: 1em; }
 form.vega-bindings select { max-width: 100%; font-size: 1em; }
 </style>"""
@@ -37,6 +38,8 @@ def curves(name: str, results: Results) -> list[dict]:
             plain = next((t.record for c, t in trained.items() if c.variant == PLAIN), None)
             for cell, (record, _) in trained.items():
                 for row, epoch in enumerate(record.epochs):
+                    if not epoch:  # untrained: its accuracy would set the scale
+                        continue
                     values = 100 * curve(record)[row]
                     more = values - 100 * curve(plain)[row] if plain else values * np.nan
                     around = [interval(values), interval(more)]
@@ -94,8 +97,9 @@ def write(folder: Path, page: Path) -> None:
     found = {name: r for name, r in found.items() if r.plan.scale.epochs and r.report}
     drawn = [row for name, r in found.items() for row in curves(name, r)]
     compared = [row for name, r in found.items() for row in differences(name, r)]
+    command_of = {name: r.runs[-1]["command"] for name, r in found.items()}
     commands = [
-        {"shown": shown, "command": found[shown.split(": ")[0]].runs[-1]["command"]}
+        {"shown": shown, "command": "\n".join(textwrap.wrap(command_of[shown.split(": ")[0]], 48))}
         for shown in dict.fromkeys(row["shown"] for row in drawn)
     ]
     page.parent.mkdir(parents=True, exist_ok=True)
@@ -126,11 +130,13 @@ def chart(drawn: list[dict], compared: list[dict], commands: list[dict]) -> alt.
         columns=2,
         labelLimit=260,
         titleLimit=400,
-        symbolType="square",
+        symbolType="stroke",
+        symbolSize=500,
+        symbolStrokeWidth=2,
         symbolOpacity=1,
         title="Click to single out, shift and click for more",
     )
-    style = alt.StrokeDash("variant:N", scale=alt.Scale(domain=names, range=dashes), legend=None)
+    dashing = alt.Scale(domain=names, range=dashes)
     faint = alt.condition(legend, alt.value(1.0), alt.value(0.06))
 
     def lines(y: str, low: str, high: str, title: str, key: alt.Legend | None) -> alt.LayerChart:
@@ -142,7 +148,7 @@ def chart(drawn: list[dict], compared: list[dict], commands: list[dict]) -> alt.
             x=alt.X("epoch:Q", axis=alt.Axis(tickMinStep=1, format="d")),
             y=alt.Y(f"{y}:Q", title=title, scale=scale),
             color=color,
-            strokeDash=style,
+            strokeDash=alt.StrokeDash("variant:N", scale=dashing, legend=key),
             opacity=faint,
             tooltip=tooltip,
         )
@@ -187,14 +193,14 @@ def chart(drawn: list[dict], compared: list[dict], commands: list[dict]) -> alt.
     command = (
         alt.Chart(alt.Data(values=commands))
         .transform_filter(only)
-        .mark_text(align="left", font="monospace", fontSize=10, x=0)
+        .mark_text(align="left", baseline="top", font="monospace", lineBreak="\n", x=0, y=0)
         .encode(text="command:N")
-        .properties(height=16, width="container")
+        .properties(height=40, width="container")
     )
     return (
         alt.vconcat(command, accuracy, more, outcomes)
         .add_params(select, legend)
-        .resolve_scale(color="independent")
+        .resolve_scale(color="independent", strokeDash="independent")
         .configure_view(stroke=None)
     )
 

@@ -484,6 +484,9 @@ SIGNS = {
 }
 
 
+SETS_CALLED = {"mnist": "MNIST", "fashion_mnist": "Fashion-MNIST", "emnist": "EMNIST"}
+
+
 def answers(question: Question, name: str, report: Report) -> str:
     """Of both forms: against plain training and the strongest control, at both rates."""
     lines = []
@@ -500,9 +503,10 @@ def answers(question: Question, name: str, report: Report) -> str:
             plain = [c for c in of if c.phase == phase and c.kind == "plain"]
             others = [c for c in of if c.phase == phase and c.kind not in ("plain", "rate")]
             pair = [*plain[:1], *([min(others, key=lead)] if others else [])]
-            pairs.append(" ".join(SIGNS[c.outcome] for c in pair))
+            pairs.append("\N{NO-BREAK SPACE}".join(SIGNS[c.outcome] for c in pair))
         if any(pairs):
-            lines.append(f"{variant.form}: {' / '.join(pairs)}")
+            signs = "\N{NO-BREAK SPACE}/\N{NO-BREAK SPACE}".join(pairs)
+            lines.append(f"{variant.form}:\N{NO-BREAK SPACE}{signs}")
     return "<br>".join([*lines, f"[report]({name}/report.md)"]) if lines else ""
 
 
@@ -527,7 +531,7 @@ def matrix(reports: dict[str, Report]) -> str:
             row.append("<br>".join(filter(None, found)))
         if any(row[1:]):
             rows.append(row)
-    return table(rows, ["", *sets])
+    return table(rows, ["", *(SETS_CALLED.get(name, name) for name in sets)])
 
 
 EFFECTS = {  # what the data sets are put together for: variant, control, rates

@@ -111,3 +111,14 @@ def test_numbers_in_the_prose_of_the_page():
         f"{gain[1]:.2f} points ahead of plain training after the first epoch and"
         f" {gain[-1]:.2f} points after the last" in text
     )
+    cells = records.read(RESULTS / "finetuning-digits").report.items()
+    layers = [
+        layer
+        for cell, record in cells
+        if cell.panel == "transferred"  # He's initial weights, trained: a usual network
+        for observed in record.layers
+        for layer in observed.values()
+    ]
+    means, deviations = ([layer[f"factor_{of}"] for layer in layers] for of in ("mean", "std"))
+    assert f"factors are {min(means):.1f} to {max(means):.1f} on average" in text
+    assert f"standard deviation is {min(deviations):.2f} to {max(deviations):.2f}" in text
