@@ -255,6 +255,7 @@ def test_index_of_several_runs(tmp_path):
     claim = row(text, CLAIMS[0].text)
     assert len(claim) == 4
     for name, cell in zip(("digits", "fashion_mnist", "mnist"), claim[1:], strict=True):
+        cell = cell.replace("\N{NO-BREAK SPACE}", " ")
         assert cell.startswith("propagated: ▲ = / = =<br>local: ▲ = / = =<br>")
         assert f"(accuracy-{name}/report.md)" in cell
     over_all = row(text, "propagated against plain, common rate")
