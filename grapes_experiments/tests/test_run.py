@@ -197,7 +197,7 @@ def test_variants_of_a_panel_are_tried_at_the_same_rates():
     wanted = small(CELL, other, apart, grid=(0.5, 1.0, 2.0))
     rates = tuple(CELL.setup.rate * factor for factor in wanted.grid)
     inside = dict(zip(rates, ([0.5], [0.9], [0.1]), strict=True))
-    low = {rate / 16: scores for rate, scores in inside.items()} | dict.fromkeys(rates, [0.1])
+    low = {rate / 16: scores for rate, scores in inside.items()} | {rate: [0.1] for rate in rates}
     tuned_at = {0: tuned(inside)._replace(cell=CELL), 1: tuned(low)._replace(cell=other)}
     assert next_unit(wanted, 2, tuned_at, ())[1:3] == (TUNING, rates)
     tuned_at[2] = tuned(inside)._replace(cell=apart)
