@@ -443,7 +443,7 @@ class Question(NamedTuple):
     text: str
     experiment: str
     panel: str | None = None  # None: all of them
-    metric: str | None = None
+    metric: str = FINAL.name  # one: differences in other units do not compare
 
 
 CLAIMS = (
@@ -496,7 +496,7 @@ def answers(question: Question, name: str, report: Report) -> str:
             for c in report.found
             if c.cell.variant == variant
             and question.panel in (None, c.cell.panel)
-            and question.metric in (None, c.metric.name)
+            and question.metric == c.metric.name
         ]
         pairs = []
         for phase in phases_of(report.results):

@@ -26,7 +26,7 @@ import grapes_optax.linen
 import grapes_optax.nnx
 from examples.data import load
 
-pytestmark = pytest.mark.usefixtures("promotion_of_frameworks")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("promotion_of_frameworks")]
 
 PAGE = Path(__file__).parents[2] / "docs/examples_frameworks.md"
 

@@ -7,7 +7,7 @@ import pytest
 
 from examples import feedback, sharded
 
-pytestmark = pytest.mark.usefixtures("promotion_of_frameworks")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("promotion_of_frameworks")]
 
 # Accuracy after three epochs in %; chance is 10.
 FLOORS = {"linen": 87, "equinox": 77, "haiku": 87, "jax": 87, "spyx": 65}
