@@ -2,7 +2,7 @@
 
 authors_updates.npz holds weights before and after training steps, computed by the published
 NumPy code (github.com/IBM/GRAPES): a network 12-10-8-6-4, ReLU, softmax cross-entropy,
-batches of 8, no biases.
+batches of 8, no biases; authors_updates.md has all of it.
 """
 
 import functools
