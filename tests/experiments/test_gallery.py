@@ -12,7 +12,7 @@ RECIPES, NOTEBOOKS = (sorted((DOCS / name).glob("*.md")) for name in ("recipes",
 NOTEBOOKS = [page for page in NOTEBOOKS if page.read_text().startswith("---\njupytext:")]
 # Code, and what it prints, which follows in a block without a language.
 BLOCK = re.compile(r"^```python\n(.*?)^```$(?:\n+^```\n(.*?)^```$)?", re.M | re.S)
-CELL = re.compile(r"^```\{code-cell\} ipython3\n(.*?)^```$", re.M | re.S)
+CELL = re.compile(r"^```\{code-cell\} ipython3\n(?::tags: .*?\n\n)?(.*?)^```$", re.M | re.S)
 NUMBER = re.compile(r"[+-]?\d+(?:\.(\d+))?(?:e[+-]?\d+)?")
 LINK = re.compile(r"\]\((?!https?:)([^)#]+)(?:#([^)]+))?\)")
 
